@@ -1,0 +1,190 @@
+"""A folder of face photos, the blind degradation, and (LQ, GT) pairs.
+
+A good photo (GT) is spoilt (LQ) by amounts that the network is not told, in GFPGAN's order (arXiv
+2101.04061): blur, bilinear down, noise, JPEG, bilinear up. The ranges are those of DiffBIR's face
+settings (arXiv 2308.15070), which are for 512 px. Ours:
+  - The upper ends of blur and downsampling are multiplied by (size / 512)^(2/3). With power 1,
+    little would be spoilt at 32 px (blur below .75 px); with 1/2, little face would be left.
+  - Kernels reach 3 sigma (published: 41 px in all), and LQ has 8 bits, as a photo from disk has.
+  - Pair n is drawn from (seed, epoch, n) alone: the same in any batch, and after a resume.
+"""
+import io
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from faces import draw_faces
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+MAX_HELD_OUT = 500      # ours: a steady mean, evaluated in minutes
+MAX_DRAWN = 1_000_000   # ours: drawn faces are held out from this number on
+BLUR_SIGMA, DOWN_FACTOR = (.1, 12.), (1., 12.)      # DiffBIR; sigma in pixels, both at 512 px
+NOISE_SIGMA, JPEG_QUALITY = (0., 15.), (100, 30)    # DiffBIR; sigma of 255. All: mild to heavy
+SIZE_POWER = 2 / 3      # ours: see above
+
+
+class UserError(Exception):
+    """A mistake of the user's (bad path, bad file), told in one sentence and without a trace."""
+
+
+def find_photos(folder, flag="--data") -> list[Path]:
+    """Photos in and below a folder, by relative path: the same order on every system. Hidden ones
+    (macOS leaves ._x.jpg) are passed over. UserError where there is no folder or no photo."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder")
+    photos = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
+              and "/." not in "/" + path.relative_to(folder).as_posix() and path.is_file()]
+    if not photos:
+        raise UserError(f"{flag} {folder}: no photo in it ({' '.join(SUFFIXES)})")
+    return sorted(photos, key=Path.as_posix)
+
+
+def read_photo(path, size: int) -> Tensor:
+    """uint8 (3, size, size), RGB: upright, transparency on white, the centre square, resized by an
+    antialiased Lanczos filter (a smaller photo is enlarged). UserError if it cannot be read."""
+    try:
+        with Image.open(path) as im:
+            im = ImageOps.exif_transpose(im)        # first: convert() may lose the EXIF tag
+            if im.mode.startswith("I"):             # 16-bit grey, which convert() would clip
+                im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
+            if im.has_transparency_data:
+                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
+            im = ImageOps.fit(im.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    except Exception as error:      # Pillow raises a dozen unrelated kinds, SyntaxError among them
+        raise UserError(f"{path}: cannot be read as a photo ({error})") from error
+    return torch.from_numpy(np.array(im)).permute(2, 0, 1)
+
+
+@dataclass
+class Photos:
+    """Square photos, read once and kept as bytes."""
+    images: Tensor          # uint8 (N, 3, S, S)
+    names: list[str]        # N
+
+    def __len__(self):
+        return len(self.names)
+
+    @classmethod
+    def from_folder(cls, folder, size: int, split: str, limit: int = None):
+        """`split` "train" or "heldout" of a folder; `limit`: only its first files. Held out are the
+        last tenth of the files by name, 1 to 500, settled before reading, so that a file that
+        cannot be read moves no other. (By file, not by person.) UserError if none is readable."""
+        files = find_photos(folder)
+        if len(files) < 2:
+            raise UserError(f"--data {folder}: a single photo cannot be split, 2 is the least")
+        held_out = max(1, min(MAX_HELD_OUT, len(files) // 10))
+        files = {"train": files[:-held_out], "heldout": files[-held_out:]}[split][:limit]
+
+        def attempt(path):
+            try:
+                return read_photo(path, size)
+            except UserError as error:
+                return error
+        with ThreadPoolExecutor() as pool:
+            photos = list(tqdm(pool.map(attempt, files), "photos", len(files), disable=None))
+        errors = [photo for photo in photos if isinstance(photo, UserError)]
+        if errors:
+            print(f"{folder}: {len(errors)} of {len(files)} {split} photos are left out:",
+                  *errors[:10], *["..."] * (len(errors) > 10), sep="\n  ", file=sys.stderr)
+        read = {path.relative_to(folder).as_posix(): photo
+                for path, photo in zip(files, photos) if isinstance(photo, Tensor)}
+        if not read:
+            raise UserError(f"--data {folder}: none of its {split} photos can be read")
+        return cls(torch.stack(list(read.values())), list(read))
+
+    @classmethod
+    def drawn(cls, n: int, seed: int, size: int, split: str):
+        """n drawn faces: "train" is 0 .. n-1 of `seed`, "heldout" is the same for every seed."""
+        if not 1 <= n <= MAX_DRAWN:
+            raise UserError(f"drawn faces: choose 1 to {MAX_DRAWN}, not {n}")
+        first, seed = {"train": (0, seed), "heldout": (MAX_DRAWN, 0)}[split]
+        numbers = torch.arange(first, first + n)
+        images = torch.cat([to_uint8(draw_faces(part, seed, size)) for part in numbers.split(256)])
+        return cls(images, [f"face {i}" for i in numbers.tolist()])
+
+
+def draw_degradation(rng, size: int, lo=0., hi=1.) -> dict:
+    """Arguments of `degrade`, uniform from fraction lo to hi of their ranges, mild to heavy."""
+    def draw(mild, heavy):
+        return mild + (heavy - mild) * rng.uniform(lo, hi)
+    scale = (size / 512) ** SIZE_POWER
+    sigma_x, sigma_y = [draw(BLUR_SIGMA[0], BLUR_SIGMA[1] * scale) for _ in range(2)]
+    sigma_y = sigma_x if rng.random() < .5 else sigma_y     # half of the kernels round (GFPGAN)
+    return dict(sigma_x=sigma_x, sigma_y=sigma_y, angle=rng.uniform(-math.pi, math.pi),
+                factor=draw(DOWN_FACTOR[0], max(1., DOWN_FACTOR[1] * scale)),
+                noise=draw(*NOISE_SIGMA), quality=round(draw(*JPEG_QUALITY)))
+
+
+def blur(x: Tensor, sigma_x: float, sigma_y: float, angle: float) -> Tensor:
+    """x (3, S, S) convolved with a rotated Gaussian, edges reflected (conv2d is far slower)."""
+    size, radius = x.shape[-1], math.ceil(3 * max(sigma_x, sigma_y))
+    offset, c, s = torch.arange(-radius, radius + 1.), math.cos(angle), math.sin(angle)
+    u, v = c * offset + s * offset[:, None], c * offset[:, None] - s * offset
+    kernel = torch.exp(-((u / sigma_x) ** 2 + (v / sigma_y) ** 2) / 2)      # (2 r + 1, 2 r + 1)
+    x = F.pad(x, [radius] * 4, mode="reflect")                              # (3, S + 2 r, S + 2 r)
+    n = 16 * math.ceil((size + 2 * radius) / 16)        # a length that is quick to transform
+    x = torch.fft.rfft2(x, s=(n, n)) * torch.fft.rfft2(kernel / kernel.sum(), s=(n, n))
+    return torch.fft.irfft2(x, s=(n, n))[:, 2 * radius:, 2 * radius:][:, :size, :size]
+
+
+def degrade(photo: Tensor, d: dict, rng) -> Tensor:
+    """uint8 (3, S, S) -> uint8 (3, S, S), by what draw_degradation drew. rng makes the noise."""
+    size, file = photo.shape[-1], io.BytesIO()
+    x = blur(photo.float(), d["sigma_x"], d["sigma_y"], d["angle"])         # (3, S, S)
+    x = F.interpolate(x[None], size=int(size // d["factor"]), mode="bilinear")[0]   # (3, s, s)
+    x = x + d["noise"] * torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
+    x = x.clamp(0, 255).round().byte().permute(1, 2, 0)                     # (s, s, 3)
+    Image.fromarray(x.numpy()).save(file, "JPEG", quality=d["quality"])
+    x = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)       # (3, s, s)
+    return F.interpolate(x[None].float(), size=size, mode="bilinear")[0].round().byte()
+
+
+def pairs(photos: Photos, index, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """(lq, gt) of the photos numbered `index` (B,): float32 (B, 3, S, S) in [-1, 1] each."""
+    gt, lq = photos.images[torch.as_tensor(index)], []
+    for photo, n in zip(gt, index):
+        rng = np.random.default_rng([seed, epoch, int(n)])
+        lq.append(degrade(photo, draw_degradation(rng, photo.shape[-1]), rng))
+    return to_float(torch.stack(lq)), to_float(gt)
+
+
+def batch_index(n: int, batch_size: int, seed: int, step: int):
+    """(epoch, index (B,)) of batch `step` of an endless stream, n photos shuffled every epoch.
+    Those that fill no batch sit the epoch out; fewer than a batch are repeated to fill one."""
+    epoch, batch = divmod(step, max(1, n // batch_size))
+    # [seed, epoch] would be pair 0's generator (numpy pads with zeros); n is no pair's number.
+    order = np.random.default_rng([seed, epoch, n]).permutation(n)
+    return epoch, order[np.arange(batch * batch_size, (batch + 1) * batch_size) % n]
+
+
+def train_batch(photos: Photos, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """(lq, gt) of batch `step`: as `pairs`."""
+    epoch, index = batch_index(len(photos), batch_size, seed, step)
+    return pairs(photos, index, seed, epoch)
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return image.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] (clamped) -> uint8 (rounded): the inverse of to_float."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def sheet(columns: list[Tensor], scale=1) -> Image.Image:
+    """Tensors (B, 3, H, W) in [-1, 1] side by side (LQ | restored | GT), one image per line."""
+    x = torch.cat([to_uint8(column.detach().float().cpu()) for column in columns], dim=3)
+    picture = Image.fromarray(x.permute(0, 2, 3, 1).flatten(0, 1).numpy())  # (B * H, columns * W)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

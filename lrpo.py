@@ -1,0 +1,184 @@
+"""LRPO: online reinforcement learning on a diffusion restorer, kept honest by the ground truth.
+
+Paper    "LRPO", Likelihood-Regularised Policy Optimisation (Wu et al. 2025, arXiv 2509.23339).
+Idea     Each DDIM step is a Gaussian policy pi(x_{t-1} | x_t, LQ). Restore each LQ image G times,
+         score the G results, and raise the likelihood of the steps that led to the better ones:
+           1. composite reward            rewards.py; off: --rewards with a single term
+           2. ground-truth likelihood     `gt_likelihood_loss`; off: --gt_weight 0
+           3. noise-level advantages      `noise_level_weights`; off: --noise_level_weights off
+Departs  (the published code does the first of each pair)
+         - The ground truth is noised cumulatively, q_sample of q_sample: here once, from x_gt.
+         - Groups are keyed by caption and come out uneven: here by image, one LQ tensor, exactly G.
+         - An optimiser step at every timestep, which collapses on our small network: here gradients
+           are summed over the timesteps, and `updates` steps are taken on each rollout. With one,
+           the ratio is always 1 and the clip never acts: that is REINFORCE.
+         - The exponent of the likelihood term can be positive: here it is clamped at 0.
+         - The last step has sigma = 0, so no density: it is left out of the loss, in `trained_steps`.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import Diffusion, gaussian
+
+ADV_EPS = 1e-4              # LRPO's code: keeps a group with little spread from exploding
+ADV_CLIP = 5.0              # LRPO's code
+TRUST = 1.64                # clip * D in LRPO's code (1e-4 at D = 4*64*64): see `default_clip`
+GT_TEMPERATURE = 40.0       # LRPO's code: L_gt = 1 - exp(log pi / 40)
+MAX_GRAD_NORM = 1.0         # LRPO's code
+NO_SPREAD = 1e-6            # ours: float32 rewards this close are one reward
+
+
+def default_clip(D: int) -> float:
+    """The ratio is a geometric mean over D pixels, so the same trust region is 1.64 / D (ours)."""
+    return TRUST / D
+
+
+def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+    """log N(x; mu, sigma^2 I), averaged over the D dimensions, in float32: (B,).
+
+    The mean, not the sum: a sum over thousands of pixels overflows the ratio (DDPO's code, LRPO's).
+    """
+    x, mu, sigma = x.float(), mu.float(), sigma.float()
+    log_prob = -((x - mu) / sigma) ** 2 / 2 - torch.log(sigma) - math.log(2 * math.pi) / 2
+    return log_prob.mean(dim=(1, 2, 3))
+
+
+def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
+    """A_i = (R_i - mean of its group) / (std + 1e-4): (P, G) -> (P, G).
+
+    std "group" is the paper's figure (population std); "batch", over all P * G, the published code.
+    A group without spread says nothing about what is better: 0.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    spread = rewards.std(dim=1, keepdim=True, correction=0)             # (P, 1)
+    scale = spread if std == "group" else rewards.std(correction=0)
+    return torch.where(spread < NO_SPREAD, 0.0, centred / (scale + ADV_EPS))
+
+
+def noise_level_weights(sigma: Tensor) -> Tensor:
+    """w_t = sigma_t / mean of sigma (LRPO, strategy 3): (n,) -> (n,), mean 1.
+
+    Noisy early steps decide the layout and leave the most room: they are pushed the most.
+    """
+    return sigma / sigma.mean()
+
+
+def clipped_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float):
+    """PPO's clipped objective, r = pi / pi_old: returns the loss (B,) and the ratio (B,)."""
+    ratio = torch.exp(log_prob - old)
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    return loss, ratio
+
+
+def gt_likelihood_loss(mu: Tensor, sigma: Tensor, x_gt: Tensor) -> Tensor:
+    """L_gt = 1 - exp(log pi(x_gt_{t-1} | x_t, LQ) / 40), exponent at most 0: (B,) in [0, 1]."""
+    return 1 - torch.exp((gaussian_log_prob(x_gt, mu, sigma) / GT_TEMPERATURE).clamp(max=0))
+
+
+@dataclass
+class Rollout:
+    """G restorations of each of P images, B = P * G, a group's members side by side."""
+    lq: Tensor              # (B, 3, H, W)
+    gt: Tensor              # (B, 3, H, W)
+    states: list            # K + 1 of (B, 3, H, W): x_T first, the restoration last
+    log_probs: list         # one (B,) for each trained step, under the policy that acted
+
+
+class LRPO:
+    """One `step` = one rollout and `updates` optimiser steps on it.
+
+    gt_weight scales strategy 2, over the last `gt_last` trained steps (0: all of them), with
+    gt_target "marginal" (x_gt noised to level t-1: the paper) or "posterior" (drawn from
+    q(x_{t-1} | x_t, x_gt): ours). pg_weight scales the policy gradient. ValueError for eta <= 0.
+    """
+
+    def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, *, lr=2e-5,
+                 K=10, eta=1.0, group=8, updates=4, clip=None, adv_std="group",
+                 noise_weights=True, pg_weight=1.0, gt_weight=1.0, gt_target="marginal", gt_last=0):
+        if eta <= 0:
+            raise ValueError("eta must be above 0: without noise a step has no likelihood")
+        self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
+        self.eta, self.group, self.updates, self.clip = eta, group, updates, clip
+        self.adv_std, self.noise_weights, self.pg_weight = adv_std, noise_weights, pg_weight
+        self.gt_weight, self.gt_target, self.gt_last = gt_weight, gt_target, gt_last
+        self.schedule = diffusion.schedule(K)
+        self.trained_steps = self.schedule[:-1]     # sigma = 0 at the last: no density there
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+
+    def policy(self, x, lq, t, s, x0=None):
+        return self.diffusion.ddim_step(self.net, x, lq, t, s, self.eta, x0)
+
+    @torch.no_grad()
+    def rollout(self, lq: Tensor, gt: Tensor) -> Rollout:
+        """Sample `group` trajectories for each image of lq (P, 3, H, W)."""
+        lq, gt = (u.repeat_interleave(self.group, dim=0) for u in (lq, gt))     # (B, 3, H, W)
+        states, log_probs = [gaussian(lq, self.generator)], []
+        for t, s in self.schedule:
+            mu, sigma, _ = self.policy(states[-1], lq, t, s)
+            if s < 0:
+                states.append(mu)
+            else:
+                states.append(mu + sigma * gaussian(mu, self.generator))
+                log_probs.append(gaussian_log_prob(states[-1], mu, sigma))      # (B,)
+        return Rollout(lq, gt, states, log_probs)
+
+    def weights(self, like: Tensor) -> Tensor:
+        """The noise-level weight of each trained step, (n,); ones with strategy 3 off."""
+        sigma = torch.stack([self.policy(like, like, t, s, x0=like)[1].flatten()[0]
+                             for t, s in self.trained_steps])
+        return noise_level_weights(sigma) if self.noise_weights else torch.ones_like(sigma)
+
+    def noised_gt(self, rollout: Rollout, x: Tensor, t: int, s: int) -> Tensor:
+        """x_gt_{t-1}, what strategy 2 asks the policy to make likely: (B, 3, H, W)."""
+        z = gaussian(x, self.generator)
+        if self.gt_target == "marginal":
+            return self.diffusion.q_sample(rollout.gt, torch.full((len(x),), s, device=x.device), z)
+        mu, sigma, _ = self.policy(x, rollout.lq, t, s, x0=rollout.gt)
+        return mu + sigma * z
+
+    def step(self, batch) -> dict[str, float]:
+        """batch = (lq, gt), each (P, 3, H, W). Returns what happened, as floats."""
+        rollout = self.rollout(*batch)
+        with torch.no_grad():
+            rewards, parts = self.reward(rollout.states[-1], rollout.gt)        # (B,)
+        grouped = rewards.view(-1, self.group)                                  # (P, G)
+        advantage = group_advantages(grouped, self.adv_std).flatten()           # (B,)
+        weights = self.weights(batch[0][:1])                                    # (n,)
+        log = [self.update(rollout, advantage, weights, first=u == 0) for u in range(self.updates)]
+        stats = {name: sum(row[name] for row in log) / len(log) for name in log[0]}
+        stats["ratio_max"] = max(row["ratio_max"] for row in log)
+        stats["no_spread"] = (grouped.std(dim=1, correction=0) < NO_SPREAD).float().mean().item()
+        return {"reward": rewards.mean().item(), **{k: v.mean().item() for k, v in parts.items()},
+                "reward_std": grouped.std(dim=1, correction=0).mean().item(), **stats}
+
+    def update(self, rollout: Rollout, advantage: Tensor, weights: Tensor, first: bool) -> dict:
+        """One optimiser step on all trained steps of a rollout; their gradients are summed."""
+        n, D = len(self.trained_steps), rollout.gt[0].numel()
+        clip = default_clip(D) if self.clip is None else self.clip
+        gt_from = n - self.gt_last if self.gt_last else 0
+        ratios, pg_total, gt_total = [], 0.0, 0.0
+        self.optimizer.zero_grad()
+        for k, (t, s) in enumerate(self.trained_steps):
+            x, action = rollout.states[k], rollout.states[k + 1]                # x_t, x_{t-1}
+            mu, sigma, _ = self.policy(x, rollout.lq, t, s)
+            log_prob = gaussian_log_prob(action, mu, sigma)                     # (B,)
+            A = (advantage * weights[k]).clamp(-ADV_CLIP, ADV_CLIP)             # (B,)
+            pg, ratio = clipped_loss(log_prob, rollout.log_probs[k], A, clip)
+            gt = gt_likelihood_loss(mu, sigma, self.noised_gt(rollout, x, t, s))
+            loss = self.pg_weight * pg.mean() + self.gt_weight * (k >= gt_from) * gt.mean()
+            (loss / n).backward()
+            ratios.append(ratio.detach())
+            pg_total, gt_total = pg_total + pg.mean().item() / n, gt_total + gt.mean().item() / n
+        ratio = torch.stack(ratios)                                             # (n, B)
+        if first and (ratio - 1).abs().max() > clip / 100:
+            raise RuntimeError(f"the ratio is off 1 by {(ratio - 1).abs().max():.1e} before any "
+                               "update: rollout and update do not see the same policy")
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        return {"pg_loss": pg_total, "gt_loss": gt_total, "grad_norm": grad_norm.item(),
+                "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
+                "clip_fraction": ((ratio - 1).abs() > clip).float().mean().item(),
+                "approx_kl": D * (ratio - 1 - ratio.log()).mean().item()}

@@ -1,0 +1,286 @@
+"""The restorer: a compact UNet and the diffusion process around it.
+
+Papers   DDPM (Ho et al. 2020): linear noise schedule, q(x_t | x_0).
+         DDIM (Song et al. 2020), eq. 12 and 16: the sampler, eta = 0 (an ODE) to eta = 1 (DDPM).
+         v-prediction (Salimans & Ho 2022): v = sqrt(abar) eps - sqrt(1 - abar) x_0.
+         Trailing time steps (Lin et al. 2024): sampling starts at t = T-1, where x_t is pure noise.
+Departs  The low-quality face (LQ) is concatenated to x_t: no ControlNet, no VAE, no text. No dropout
+         anywhere: a policy must give the same likelihood in the rollout and in the update.
+
+Contract An image is float32 (B, 3, H, W), RGB, in [-1, 1]. t is int64 (B,), 0 .. T-1; s is the step
+         that t is followed by, with s = -1 the clean image (abar = 1). Outside `Diffusion` nobody
+         sees v or eps, only mu, sigma and x0_hat.
+"""
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import UserError
+
+
+@dataclass
+class Config:
+    """Everything needed to build the network again; a checkpoint carries it as a plain dict."""
+    size: int = 32                  # side of the square image, in pixels
+    channels: int = 32              # width of the first level
+    mults: tuple = (1, 2, 4)        # width of each level, as a multiple; each level halves the side
+    blocks: int = 1                 # residual blocks a level
+    attention: int = 1              # how many of the lowest levels attend
+    patch: int = 2                  # pixel-unshuffle stem: 2 quarters the cost; 1 is the plain UNet
+    prediction: str = "v"           # what the network predicts: "v" or "eps"
+    timesteps: int = 1000           # T (DDPM)
+
+    def __post_init__(self):
+        self.mults = tuple(self.mults)
+        unit = self.patch * 2 ** (len(self.mults) - 1)
+        if self.size % unit:
+            raise ValueError(f"size {self.size} must be a multiple of {unit} for this network")
+        if self.prediction not in ("v", "eps"):
+            raise ValueError(f"prediction must be 'v' or 'eps', not {self.prediction!r}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The network
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(8, channels // 4), channels)    # ours: groups of four channels or more
+
+
+def zero(layer: nn.Module):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def time_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of t at geometrically spaced frequencies (DDPM): (B,) -> (B, dim)."""
+    freq = 10_000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t.float()[:, None] * freq                                   # (B, dim/2)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, twice; the time embedding scales and shifts the second norm."""
+
+    def __init__(self, cin: int, cout: int, cemb: int):
+        super().__init__()
+        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.emb = nn.Linear(cemb, 2 * cout)
+        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        zero(self.conv2)        # each block starts as the identity: a calm first step
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))                           # (B, cout, h, w)
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)  # (B, cout, 1, 1) each
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of a level, 32 channels a head, added to its input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.heads = max(1, channels // 32)
+        self.norm, self.qkv = norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        zero(self.out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(3, 4).unbind(1)                         # (B, heads, HW, C/heads)
+        y = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, HW, C/heads)
+        return x + self.out(y.transpose(2, 3).reshape(B, C, H, W))
+
+
+class UNet(nn.Module):
+    """(x_t, LQ, t) -> v or eps. `bf16` computes in bfloat16 where that is quick (GPUs, AMX CPUs)."""
+
+    def __init__(self, config: Config, bf16: bool = False):
+        super().__init__()
+        self.config, self.bf16 = config, bf16
+        widths = [config.channels * m for m in config.mults]
+        cemb, depth, p2 = 4 * config.channels, len(widths), config.patch ** 2
+        self.time = nn.Sequential(nn.Linear(config.channels, cemb), nn.SiLU(),
+                                  nn.Linear(cemb, cemb), nn.SiLU())
+        self.stem = nn.Conv2d(2 * 3 * p2, widths[0], 3, padding=1)
+        attend = lambda level, c: Attention(c) if level >= depth - config.attention else nn.Identity()
+
+        self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [widths[0]], widths[0]
+        for level, width in enumerate(widths):
+            for _ in range(config.blocks):
+                self.down.append(nn.ModuleList([ResBlock(c, width, cemb), attend(level, width)]))
+                c = width
+                skips.append(c)
+            if level < depth - 1:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+        self.middle = nn.ModuleList([ResBlock(c, c, cemb), Attention(c), ResBlock(c, c, cemb)])
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(config.blocks + 1):      # one skip a block, one for the stem or the stride
+                self.up.append(nn.ModuleList([ResBlock(c + skips.pop(), width, cemb),
+                                              attend(level, width)]))
+                c = width
+            if level > 0:
+                self.up.append(nn.Conv2d(c, c, 3, padding=1))           # after doubling the side
+        self.head = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, 3 * p2, 3, padding=1))
+        zero(self.head[-1])
+        self.to(memory_format=torch.channels_last)                      # the quick layout for convs
+
+    def forward(self, x: Tensor, lq: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            emb = self.time(time_embedding(t, self.config.channels).to(x.dtype))    # (B, 4C)
+            h = F.pixel_unshuffle(torch.cat([x, lq], dim=1), self.config.patch)     # (B, 6p², H/p, W/p)
+            h = self.stem(h.contiguous(memory_format=torch.channels_last))          # (B, C, H/p, W/p)
+            skips = [h]
+            for layer in self.down:
+                if isinstance(layer, nn.Conv2d):
+                    h = layer(h)                                        # half the side
+                else:
+                    h = layer[1](layer[0](h, emb))
+                skips.append(h)
+            h = self.middle[2](self.middle[1](self.middle[0](h, emb)), emb)
+            for layer in self.up:
+                if isinstance(layer, nn.Conv2d):
+                    h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+                else:
+                    h = layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb))
+            return F.pixel_shuffle(self.head(h), self.config.patch).to(x.dtype)     # (B, 3, H, W)
+
+
+# ---------------------------------------------------------------------------------------------
+# The process
+
+BETA_FIRST, BETA_LAST = 1e-4, 0.02      # DDPM, section 4
+
+
+class Diffusion:
+    """The noise schedule and what follows from it. `net(x_t, lq, t)` is the UNet, or any stand-in."""
+
+    def __init__(self, config: Config, device="cpu"):
+        beta = torch.linspace(BETA_FIRST, BETA_LAST, config.timesteps, dtype=torch.float64)
+        self.abar = torch.cumprod(1 - beta, dim=0).float().to(device)   # (T,)
+        self.T, self.prediction = config.timesteps, config.prediction
+
+    def abar_at(self, t: Tensor, like: Tensor) -> Tensor:
+        """abar_t as (B, 1, 1, 1) in the dtype of `like`; 1 where t = -1, the clean image."""
+        return torch.where(t < 0, 1.0, self.abar[t.clamp(min=0)]).to(like.dtype).view(-1, 1, 1, 1)
+
+    def q_sample(self, x0: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0), with z the standard normal noise (DDPM eq. 4)."""
+        a = self.abar_at(t, x0)
+        return a.sqrt() * x0 + (1 - a).sqrt() * z
+
+    def loss(self, net, lq: Tensor, gt: Tensor, generator: torch.Generator) -> Tensor:
+        """The supervised loss: mean squared error of v (or eps) at a uniform t. Returns (B,)."""
+        t = torch.randint(self.T, (len(gt),), generator=generator).to(gt.device)
+        z = gaussian(gt, generator)
+        a = self.abar_at(t, gt)
+        target = z if self.prediction == "eps" else a.sqrt() * z - (1 - a).sqrt() * gt
+        return (net(self.q_sample(gt, t, z), lq, t) - target).square().mean(dim=(1, 2, 3))
+
+    def schedule(self, K: int) -> list[tuple[int, int]]:
+        """K pairs (t, s), noisiest first, evenly spaced and ending at s = -1. 1 <= K <= T."""
+        if not 1 <= K <= self.T:
+            raise ValueError(f"the number of sampling steps must be 1 to {self.T}, not {K}")
+        tau = [round(self.T * (K - k) / K) - 1 for k in range(K)] + [-1]
+        return list(zip(tau[:-1], tau[1:]))
+
+    def ddim_step(self, net, x: Tensor, lq: Tensor, t: int, s: int, eta: float, x0: Tensor = None):
+        """One step t -> s as a Gaussian (DDIM eq. 12 and 16): x_s ~ N(mu, sigma^2 I).
+
+        Returns mu (B, 3, H, W), sigma (B, 1, 1, 1), x0_hat (B, 3, H, W). With `x0` given, the step
+        that the sampler would take if the clean image were x0: at eta = 1, DDPM's posterior
+        q(x_s | x_t, x_0); no network is called. sigma is 0 at eta = 0, and always at the last step.
+        """
+        t, s = (torch.full((len(x),), i, device=x.device) for i in (t, s))
+        a, a_prev = self.abar_at(t, x), self.abar_at(s, x)              # (B, 1, 1, 1)
+        if x0 is not None:
+            x0_hat, eps = x0, (x - a.sqrt() * x0) / (1 - a).sqrt()
+        elif self.prediction == "eps":
+            eps = net(x, lq, t)
+            x0_hat = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        else:
+            v = net(x, lq, t)
+            x0_hat = a.sqrt() * x - (1 - a).sqrt() * v
+            eps = a.sqrt() * v + (1 - a).sqrt() * x
+        sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()
+        mu = a_prev.sqrt() * x0_hat + (1 - a_prev - sigma ** 2).clamp(min=0).sqrt() * eps
+        return mu, sigma, x0_hat
+
+    @torch.no_grad()
+    def sample(self, net, lq: Tensor, K: int, eta: float, generator: torch.Generator) -> Tensor:
+        """Restore lq (B, 3, H, W) in K steps; the result is clamped to [-1, 1]."""
+        x = gaussian(lq, generator)
+        for t, s in self.schedule(K):
+            mu, sigma, _ = self.ddim_step(net, x, lq, t, s, eta)
+            x = mu if s < 0 else mu + sigma * gaussian(x, generator)
+        return x.clamp(-1, 1)
+
+
+def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise shaped like `like`. Drawn on the CPU: the same on every device."""
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
+class EMA:
+    """An exponential moving average of the weights; it is what gets evaluated and sampled from."""
+
+    def __init__(self, net: nn.Module, decay: float):
+        self.net, self.decay, self.updates = copy.deepcopy(net).eval().requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, net: nn.Module):
+        self.updates += 1
+        # Early on, average over the few steps there are, or the random start would linger.
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for mine, theirs in zip(self.net.parameters(), net.parameters()):
+            mine.lerp_(theirs, 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: one file of plain types, so that torch.load(weights_only=True) reads it
+
+def load_tensors(path, flag: str) -> dict:
+    """A file of plain types; never one that could run code. UserError names the flag."""
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # torch raises many kinds; each means: not such a file
+        raise UserError(f"{flag} {path}: not a PyTorch file of plain tensors, or a damaged one "
+                        f"({type(error).__name__})") from None
+
+
+def save_checkpoint(path, state: dict):
+    """Write to a temporary name, then move into place: a stopped run leaves no half a file."""
+    part = f"{path}.part"
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load_restorer(path, device="cpu", flag: str = "--ckpt") -> tuple[UNet, dict]:
+    """The network with its averaged weights, ready to restore, and the whole checkpoint."""
+    state = load_tensors(path, flag)
+    if not isinstance(state, dict) or "ema" not in state:
+        raise UserError(f"{flag} {path}: not a restorer's checkpoint of train.py")
+    net = UNet(Config(**state["config"]))
+    net.load_state_dict(state["ema"])
+    return net.to(device).eval(), state
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is a CUDA GPU where there is one; UserError for a device that is not there."""
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" \
+            else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: there is no such device here; --device cpu works") from None
+    return device

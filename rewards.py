@@ -1,0 +1,258 @@
+"""The rewards: what reinforcement learning optimises is what it gets.
+
+Papers   SSIM (Wang et al. 2004). LPIPS (Zhang et al. 2018), through its authors' package. LRPO's
+         composite reward, strategy 1 (Wu et al. 2025, arXiv 2509.23339). The Face Reward Model and
+         its pair loss (DiffusionReward, Wu et al. 2025, arXiv 2505.17910).
+Departs  The Face Reward Model is a small network without text, trained here in a minute on pairs
+         whose order is known. The low-pass term stands in for the dual-tree wavelet band, see there.
+         Every term sees the image clamped to [-1, 1]; the published code scores LPIPS unclamped.
+
+Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,), higher better:
+
+    name   range    ground truth  gradient  what it is
+    ssim   [-1, 1]  yes           yes       structural similarity, mean over RGB
+    dwt    (0, 1]   yes           yes       low-pass fidelity: right colours and layout, blind to detail
+    lpips  (-inf,1] yes           yes       1 - LPIPS: the distance of deep features
+    face   (0, 1)   no            yes       Face Reward Model: does this look like a clean face photo?
+"""
+import warnings
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import UserError, degrade, draw_degradation, to_float, to_uint8
+from model import load_tensors, norm
+
+# ---------------------------------------------------------------------------------------------
+# Measured against the ground truth
+
+SSIM_TAPS, SSIM_SIGMA = 11, 1.5         # Wang et al. 2004, section III-B
+SSIM_C1, SSIM_C2 = 0.01 ** 2, 0.03 ** 2     # the same, for a data range of 1
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity, Gaussian window, no padding, mean over RGB: (B,) in [-1, 1].
+
+    At least 11 pixels a side. scikit-image's with gaussian_weights=True, use_sample_covariance=False.
+    """
+    x, y = (x + 1) / 2, (y + 1) / 2                                     # to [0, 1]
+    d = torch.arange(SSIM_TAPS, device=x.device, dtype=x.dtype) - SSIM_TAPS // 2
+    w = torch.exp(-d ** 2 / (2 * SSIM_SIGMA ** 2))
+    w = w / w.sum()                                                     # (11,)
+
+    def blur(u: Tensor) -> Tensor:
+        u = F.conv2d(u.flatten(0, 1)[:, None], w.view(1, 1, 1, -1))     # (3B, 1, H, W-10)
+        return F.conv2d(u, w.view(1, 1, -1, 1)).unflatten(0, x.shape[:2]).squeeze(2)
+
+    mx, my = blur(x), blur(y)                                           # (B, 3, H-10, W-10)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    s = ((2 * mx * my + SSIM_C1) * (2 * cov + SSIM_C2)
+         / ((mx * mx + my * my + SSIM_C1) * (vx + vy + SSIM_C2)))
+    return s.mean(dim=(1, 2, 3))
+
+
+DWT_SHARPNESS = 60.0    # LRPO's code: exp(-15 L1) of a band whose DC gain is 4; ours has gain 1
+
+
+def low_pass(x: Tensor) -> Tensor:
+    """Unit-gain low-pass standing in for the level-3 dual-tree band (ours): (B, 3, H/4-1, W/4-1).
+
+    That band keeps the lowest eighth of the spectrum and is sampled every 4 pixels; so does an 8 x 8
+    mean taken every 4 pixels. The reference wavelet code is for research only, so it is not used.
+    """
+    return F.avg_pool2d(x, kernel_size=8, stride=4)
+
+
+def dwt(x: Tensor, y: Tensor) -> Tensor:
+    """LRPO's low-pass fidelity exp(-60 L1), images in [0, 1]: (B,) in (0, 1]."""
+    delta = (low_pass(x) - low_pass(y)).abs().mean(dim=(1, 2, 3)) / 2    # /2: [-1, 1] to [0, 1]
+    return torch.exp(-DWT_SHARPNESS * delta)
+
+
+LPIPS_MIN_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}     # measured: below it a pool has no output
+
+
+class LPIPS(nn.Module):
+    """1 - LPIPS, through the `lpips` package. Its linear layers ship with it; its backbone does not.
+
+    `weights`: a file of the ImageNet backbone's features. Without it torchvision fetches one.
+    """
+
+    def __init__(self, net: str = "squeeze", weights: str = None):
+        super().__init__()
+        import lpips        # slow to import, so only where it is asked for
+        self.min_side = LPIPS_MIN_SIDE[net]
+        with warnings.catch_warnings():     # the package calls torchvision by its old names
+            warnings.simplefilter("ignore")
+            try:
+                self.lpips = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
+            except (URLError, OSError):
+                raise UserError(f"LPIPS: its {net} backbone could not be fetched; give the file with "
+                                f"--lpips_weights FILE, or use --rewards {OFFLINE}") from None
+        if weights is not None:
+            load_backbone(self.lpips.net, weights, net)
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        return super().train(False)     # its dropout must stay asleep, whatever the parent does
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if min(x.shape[-2:]) < self.min_side:
+            raise UserError(f"--rewards lpips: this backbone needs images of {self.min_side} px or more")
+        return 1 - self.lpips(x, y).flatten()                           # (B, 1, 1, 1) -> (B,)
+
+
+def load_backbone(net: nn.Module, path: str, name: str):
+    """Copy a file's tensors into a backbone in order: torchvision's names differ from lpips'."""
+    source = load_tensors(path, "--lpips_weights")
+    source = [v for k, v in source.items() if not k.startswith("classifier")]
+    target = list(net.state_dict().values())
+    if [v.shape for v in source] != [v.shape for v in target]:
+        raise UserError(f"--lpips_weights {path}: these are not the features of {name}; "
+                        "--lpips_net says which backbone is meant")
+    for mine, theirs in zip(target, source):
+        mine.copy_(theirs)
+
+
+# ---------------------------------------------------------------------------------------------
+# The Face Reward Model
+
+class FaceRewardModel(nn.Module):
+    """A no-reference score of a face (B, 3, H, W); at least 16 px a side, any size above.
+
+    `score` is the Bradley-Terry strength, in logits. The pair loss fixes only differences, so the
+    reward is the score standardised over training pictures (`calibrate`) and squashed: (0, 1).
+    """
+    WIDTHS = (32, 64, 96, 128)      # ours: 0.2 M parameters learn in a minute on two cores
+
+    def __init__(self):
+        super().__init__()
+        layers, cin = [], 3
+        for width in self.WIDTHS:
+            layers += [nn.Conv2d(cin, width, 3, padding=1), norm(width), nn.SiLU(),
+                       nn.AvgPool2d(2)]
+            cin = width
+        self.features = nn.Sequential(*layers)
+        self.out = nn.Linear(cin, 1)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.out(self.features(x).mean(dim=(2, 3)))[:, 0]        # (B,)
+
+    def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
+        return torch.sigmoid((self.score(x) - self.mean) / self.std)    # (B,)
+
+    @torch.no_grad()
+    def calibrate(self, scores: Tensor):
+        """Keep a running mean and spread of the scores (ours: over some twenty batches)."""
+        self.mean.lerp_(scores.mean(), 0.05)
+        self.std.lerp_(scores.std(), 0.05)
+
+
+def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
+    """-log P(better preferred to worse) under Bradley and Terry, from two scores (B,): a scalar."""
+    return F.softplus(worse - better).mean()
+
+
+class FaceRewardTraining:
+    """Teaches a FaceRewardModel pairs whose order is known: a photo is better than its degraded
+    self, a mild degradation better than a heavy one, a photo better than its restoration.
+
+    `restored`, `photos`: (N, 3, H, W) each, restorations by the model to be rewarded.
+    """
+
+    def __init__(self, model: FaceRewardModel, generator: torch.Generator, restored: Tensor,
+                 photos: Tensor, lr=1e-3):
+        self.net, self.generator, self.restored, self.photos = model, generator, restored, photos
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+
+    def pairs(self, lq: Tensor, gt: Tensor):
+        """Three kinds of (better, worse), each (B, 3, H, W)."""
+        pick, seed = (torch.randint(n, (k,), generator=self.generator)
+                      for n, k in ((len(self.photos), len(gt)), (2 ** 31, 1)))
+        mild, heavy = graded(gt, np.random.default_rng(seed.item()))
+        return {"degraded": (gt, lq), "graded": (mild, heavy),
+                "restored": (self.photos[pick], self.restored[pick])}
+
+    def step(self, batch) -> dict[str, float]:
+        pairs = self.pairs(*batch)
+        scores = {kind: (self.net.score(a), self.net.score(b)) for kind, (a, b) in pairs.items()}
+        loss = sum(pair_loss(a, b) for a, b in scores.values()) / len(scores)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.net.calibrate(torch.cat([s for pair in scores.values() for s in pair]).detach())
+        return {"loss": loss.item(), **{f"accuracy_{kind}": (a > b).float().mean().item()
+                                        for kind, (a, b) in scores.items()}}
+
+
+def graded(gt: Tensor, rng) -> tuple[Tensor, Tensor]:
+    """The same photos, each degraded from the milder and from the heavier half of the ranges."""
+    def spoil(lo, hi):
+        return torch.stack([degrade(photo, draw_degradation(rng, gt.shape[-1], lo, hi), rng)
+                            for photo in to_uint8(gt).cpu()])
+    return tuple(to_float(spoil(*half)).to(gt.device) for half in ((0.0, 0.5), (0.5, 1.0)))
+
+
+# ---------------------------------------------------------------------------------------------
+# The composite
+
+OFFLINE = "ssim=.4,dwt=.3,face=.3"      # ours: what needs no download
+NEEDS = {"ssim": 11, "dwt": 8, "lpips": 16, "face": 16}     # smallest side, in pixels
+
+
+def parse_rewards(text: str) -> dict[str, float]:
+    """'ssim=.4,face=.6' -> {'ssim': .4, 'face': .6}; UserError names what is wrong."""
+    weights = {}
+    for item in text.split(","):
+        name, _, weight = item.strip().partition("=")
+        if name not in NEEDS:
+            raise UserError(f"--rewards: no reward is called {name!r}; there are {', '.join(NEEDS)}")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise UserError(f"--rewards {item}: write name=weight, as in ssim=.4,dwt=.6") from None
+    return weights
+
+
+class CompositeReward:
+    """R = sum of weight * term (LRPO, strategy 1). `weights` = {name: weight}."""
+
+    def __init__(self, weights: dict[str, float], face: FaceRewardModel = None,
+                 lpips: LPIPS = None):
+        terms = {"ssim": ssim, "dwt": dwt, "lpips": lpips, "face": face}
+        self.weights, self.terms = weights, {name: terms[name] for name in weights}
+        missing = [name for name, term in self.terms.items() if term is None]
+        if missing:
+            raise ValueError(f"reward {missing[0]} needs its model")
+
+    def __call__(self, x: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total (B,) and each part (B,), unweighted, float32. Gradient flows through every term."""
+        x = x.float().clamp(-1, 1)
+        parts = {name: term(x, gt) for name, term in self.terms.items()}
+        return sum(w * parts[name] for name, w in self.weights.items()), parts
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio over RGB, in dB, of images in [-1, 1] (B, 3, H, W): (B,)."""
+    return -10 * torch.log10(((x - y) / 2).square().mean(dim=(1, 2, 3)) + 1e-10)
+
+
+def build_reward(weights: dict[str, float], device, frm_weights=None, lpips_net="squeeze",
+                 lpips_weights=None) -> CompositeReward:
+    """The composite with its models loaded; UserError where one of them is not to be had."""
+    face = lpips = None
+    if "face" in weights:
+        face = FaceRewardModel()
+        state = load_tensors(frm_weights, "--frm_weights")
+        if not isinstance(state, dict) or state.get("mode") != "frm":
+            raise UserError(f"--frm_weights {frm_weights}: not a checkpoint of --mode frm")
+        face.load_state_dict(state["model"])
+        face = face.to(device).eval().requires_grad_(False)
+    if "lpips" in weights:
+        lpips = LPIPS(lpips_net, lpips_weights).to(device)
+    return CompositeReward(weights, face, lpips)

@@ -1,0 +1,85 @@
+"""Restore a photo, or every photo below a folder.
+
+    python sample.py --ckpt runs/lrpo/last.pt --input photos/ --output restored/
+
+A photo of any size is cut to its centre square and resized to the model's size, and the result is
+written at that size, as a PNG of the same name (a.jpg becomes a.png). The network saw faces that
+fill the picture: crop to the head first. One image of noise is drawn for each photo from --seed, so
+a photo's result does not depend on the others. --sheet writes input | result pairs in one picture.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import UserError, find_photos, read_photo, sheet, to_float
+from evaluate import EVAL_ETA
+from model import Diffusion, load_restorer, pick_device
+
+SHEET_SIDE = 128        # pixels that each picture of the sheet has at least
+
+
+def outputs(source: Path, output: Path) -> dict[Path, Path]:
+    """Each input photo and where its restoration goes; two inputs may not share one output."""
+    photos = {source: output / f"{source.stem}.png"} if source.is_file() else {
+        path: output / path.relative_to(source).with_suffix(".png")
+        for path in find_photos(source, "--input")}
+    seen = {}
+    for path, target in photos.items():
+        if target in seen:
+            raise UserError(f"--input: {seen[target]} and {path} would both become {target}; "
+                            "rename one of them")
+        if target.exists() and target.samefile(path):
+            raise UserError(f"--output {output}: {target} is an input photo and would be lost; "
+                            "choose another folder")
+        seen[target] = path
+    return photos
+
+
+def main(args):
+    device = pick_device(args.device)
+    net, state = load_restorer(args.ckpt, device)
+    diffusion, K = Diffusion(net.config, device), args.ddim_steps or state["args"]["ddim_steps"]
+    photos, pairs, skipped = outputs(Path(args.input), Path(args.output)), [], 0
+    for path, target in tqdm(photos.items(), "restoring", disable=None):
+        try:
+            lq = to_float(read_photo(path, net.config.size))[None].to(device)   # (1, 3, S, S)
+        except UserError as error:
+            print(f"skipped {error}", file=sys.stderr)
+            skipped += 1
+            continue
+        generator = torch.Generator().manual_seed(args.seed)
+        restored = diffusion.sample(net, lq, K, args.eta, generator)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sheet([restored]).save(target)
+        pairs.append((lq, restored))
+    if not pairs:
+        raise UserError(f"--input {args.input}: none of its {skipped} photos can be read")
+    if args.sheet:
+        columns = [torch.cat(column) for column in zip(*pairs)]
+        sheet(columns, max(1, SHEET_SIDE // net.config.size)).save(args.sheet)
+    print(f"restored {len(pairs)} photos at {net.config.size} px to {args.output}"
+          + (f"; skipped {skipped}" if skipped else ""))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Restore a face photo, or a folder of them.")
+    p.add_argument("--ckpt", required=True, help="checkpoint of train.py")
+    p.add_argument("--input", required=True, help="a photo, or a folder (searched recursively)")
+    p.add_argument("--output", required=True, help="folder for the restored PNGs")
+    p.add_argument("--sheet", help="also write input | restored side by side to this file")
+    p.add_argument("--ddim_steps", type=int, help="K, sampling steps (default: as in training)")
+    p.add_argument("--eta", type=float, default=EVAL_ETA,
+                   help=f"0: no noise along the way, 1: as in training (default {EVAL_ETA})")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    return p
+
+
+if __name__ == "__main__":
+    try:
+        main(parser().parse_args())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,374 @@
+"""Every kind of picture, the split, the degradation against other people's code, the streams."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from skimage.metrics import peak_signal_noise_ratio
+from skimage.transform import resize
+
+import data
+from data import Photos, UserError
+
+NONE = dict(sigma_x=.01, sigma_y=.01, angle=0., factor=1., noise=0., quality=100)   # spoils nothing
+
+
+def gradient(height=64, width=64):
+    """Smooth colours in which left, right, top and bottom all differ: uint8 (H, W, 3)."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([255 * x / (width - 1), 255 * y / (height - 1), 255 * (x + y)
+                     / (height + width - 2)], axis=-1).round().astype(np.uint8)
+
+
+def faces(n, size=32):
+    return Photos.drawn(n, 0, size, "train")
+
+
+def read(path, size=64):
+    """The photo as an int array (size, size, 3)."""
+    image = data.read_photo(path, size)
+    assert image.shape == (3, size, size) and image.dtype == torch.uint8
+    return image.permute(1, 2, 0).numpy().astype(int)
+
+
+def folder(tmp_path, n, bad=()):
+    """n photos, each of one grey level, which tells its number; those in `bad` are text."""
+    for i in range(n):
+        path = tmp_path / f"{i:03}.png"
+        if i in bad:
+            path.write_text("no picture")
+        else:
+            Image.new("L", (16, 16), i).save(path)
+    return tmp_path
+
+
+# ---- photos ----
+
+@pytest.mark.parametrize("name, slack", [("a.png", 0), ("a.bmp", 0), ("a.jpg", 12), ("a.jpeg", 12),
+                                         ("a.webp", 12), ("a.JPG", 12), ("a.PNG", 0)])
+def test_every_suffix_is_found_and_read(tmp_path, name, slack):
+    Image.fromarray(gradient()).save(tmp_path / name)
+    assert [path.name for path in data.find_photos(tmp_path)] == [name]
+    assert abs(read(tmp_path / name) - gradient()).max() <= slack
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_gives_the_upright_photo(tmp_path, orientation):
+    # Stored = what the camera writes, so that the tag's operation brings the upright photo back.
+    undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+            6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270}[orientation]
+    upright = Image.fromarray(gradient(64, 96)).convert("P", palette=Image.Palette.ADAPTIVE)
+    upright.convert("RGB").save(tmp_path / "upright.png")
+    stored = upright if undo is None else upright.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "stored.png", exif=exif)     # a palette: convert() comes after the turn
+    assert abs(read(tmp_path / "stored.png") - read(tmp_path / "upright.png")).max() == 0
+
+
+def test_grey_palette_and_cmyk(tmp_path):
+    rgb = Image.fromarray(gradient())
+    rgb.convert("L").save(tmp_path / "grey.png")
+    assert abs(read(tmp_path / "grey.png") - np.array(rgb.convert("L"))[..., None]).max() == 0
+    rgb.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    assert abs(read(tmp_path / "palette.png") - gradient()).mean() < 12
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert abs(read(tmp_path / "cmyk.jpg") - gradient()).max() <= 24
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    alpha = np.full((64, 64), 255, np.uint8)
+    alpha[:, :32], alpha[:, 32:40] = 0, 128
+    rgba = np.dstack([np.full((64, 64, 3), 40, np.uint8), alpha])
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    Image.fromarray(rgba).convert("LA").save(tmp_path / "la.png")
+    palette = Image.fromarray((alpha > 0).astype(np.uint8), "L").convert("P")
+    palette.putpalette([0, 0, 0, 40, 40, 40])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    for name in ("rgba", "la", "palette"):
+        photo = read(tmp_path / f"{name}.png")
+        assert (photo[:, :32] == 255).all() and (photo[:, 40:] == 40).all()
+        if name != "palette":       # half-transparent: between the photo and white
+            assert abs(photo[:, 32:40] - (255 + 40) / 2).max() <= 1
+
+
+def test_16_bit_grey_keeps_its_values(tmp_path):
+    grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert abs(read(tmp_path / "grey.png") - (grey / 257)[..., None]).max() <= 1
+
+
+def test_centre_square_is_cut_out(tmp_path):
+    wide = np.zeros((64, 128, 3), np.uint8)
+    wide[:, 32:96] = gradient()
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(wide.transpose(1, 0, 2)).save(tmp_path / "tall.png")
+    assert abs(read(tmp_path / "wide.png") - gradient()).max() == 0
+    assert abs(read(tmp_path / "tall.png") - gradient().transpose(1, 0, 2)).max() == 0
+
+
+def test_shrinking_does_not_alias(tmp_path):
+    board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "board.png")
+    assert abs(read(tmp_path / "board.png", 32) - 127.5).max() <= 3
+
+
+def test_bad_files_are_named(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    for name, content in [("text.png", b"no picture"), ("empty.jpg", b""),
+                          ("truncated.png", whole[:len(whole) // 2])]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            data.read_photo(tmp_path / name, 32)
+    with pytest.raises(UserError, match="missing.png"):
+        data.read_photo(tmp_path / "missing.png", 32)
+
+
+def test_decompression_bomb_is_a_bad_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.fromarray(gradient()).save(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match="bomb.png"):
+        data.read_photo(tmp_path / "bomb.png", 32)
+
+
+def test_folders(tmp_path):
+    with pytest.raises(UserError, match="--data .*nowhere: no such folder"):
+        data.find_photos(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match="no photo"):
+        data.find_photos(tmp_path)
+    for name in ["b.png", "a/z.png", "a/.hidden/x.png", "._b.png", "C.png", "a.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16)).save(tmp_path / name)
+    found = [path.relative_to(tmp_path).as_posix() for path in data.find_photos(tmp_path)]
+    assert found == ["C.png", "a.png", "a/z.png", "b.png"]
+
+
+# ---- the split ----
+
+@pytest.mark.parametrize("n, held_out", [(2, 1), (19, 1), (20, 2), (57, 5)])
+def test_split_is_disjoint_and_complete(tmp_path, n, held_out):
+    train = Photos.from_folder(folder(tmp_path, n), 16, "train")
+    heldout = Photos.from_folder(tmp_path, 16, "heldout")
+    assert len(heldout) == held_out and len(train) == n - held_out
+    assert train.names + heldout.names == [f"{i:03}.png" for i in range(n)]
+    assert train.images[:, 0, 0, 0].tolist() == list(range(n - held_out))   # names fit the photos
+    assert train.images.dtype == torch.uint8 and train.images.shape[1:] == (3, 16, 16)
+    assert Photos.from_folder(tmp_path, 16, "heldout", limit=1).names == heldout.names[:1]
+
+
+def test_held_out_part_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_HELD_OUT", 3)
+    assert len(Photos.from_folder(folder(tmp_path, 50), 16, "heldout")) == 3
+
+
+def test_unreadable_files_are_named_and_move_no_other(tmp_path, capsys):
+    folder(tmp_path, 40)
+    whole = {split: Photos.from_folder(tmp_path, 16, split).names for split in ("train", "heldout")}
+    assert capsys.readouterr().err == ""
+    bad = [*range(3, 15), 38]
+    folder(tmp_path, 40, bad)
+    for split, count in [("train", 12), ("heldout", 1)]:
+        photos = Photos.from_folder(tmp_path, 16, split)
+        assert photos.names == [n for n in whole[split] if int(n[:3]) not in bad]
+        assert photos.images[:, 0, 0, 0].tolist() == [int(name[:3]) for name in photos.names]
+        err = capsys.readouterr().err
+        assert f"{count} of {len(whole[split])} {split} photos" in err
+        assert err.count("cannot be read") == min(10, count)
+    assert "038.png" in err
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    with pytest.raises(UserError, match="single photo"):
+        Photos.from_folder(folder(tmp_path, 1), 16, "heldout")
+    with pytest.raises(UserError, match="none of its train photos"):
+        Photos.from_folder(folder(tmp_path, 5, bad=range(5)), 16, "train")
+
+
+def test_drawn_faces_held_out_do_not_depend_on_the_seed():
+    train, other = Photos.drawn(3, 0, 16, "train"), Photos.drawn(3, 1, 16, "train")
+    heldout = [Photos.drawn(3, seed, 16, "heldout") for seed in (0, 1)]
+    assert torch.equal(heldout[0].images, heldout[1].images)
+    assert not torch.equal(train.images, other.images)
+    assert not torch.equal(train.images, heldout[0].images)
+    assert train.images.shape == (3, 3, 16, 16) and len(train.names) == len(train) == 3
+    for n in (0, 1_000_001):
+        with pytest.raises(UserError):
+            Photos.drawn(n, 0, 16, "train")
+
+
+# ---- the degradation ----
+
+@pytest.mark.parametrize("sigma", [.3, 1., 2.5])
+def test_round_blur_equals_scipy(sigma):
+    x = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0)) * 255
+    radius = math.ceil(3 * sigma)
+    expected = gaussian_filter(x.double().numpy(), (0, sigma, sigma), mode="mirror", radius=radius)
+    for angle in (0., 1.):      # of no importance to a round kernel; mirror = our reflected edges
+        assert abs(data.blur(x, sigma, sigma, angle).numpy() - expected).max() < 1e-2
+
+
+def test_ellipse_has_its_axes_and_angle():
+    """The variances of a blurred point are the covariance matrix of the Gaussian."""
+    point = torch.zeros(3, 65, 65)
+    point[:, 32, 32] = 1
+    sigma_x, sigma_y, angle = 4., 1.5, .5
+    spread = data.blur(point, sigma_x, sigma_y, angle)[0].double().numpy()
+    assert spread.sum() == pytest.approx(1, abs=1e-5)
+    y, x = np.mgrid[-32:33, -32:33]
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    expected = turn @ np.diag([sigma_x ** 2, sigma_y ** 2]) @ turn.T
+    measured = [[(spread * a * b).sum() for b in (x, y)] for a in (x, y)]
+    np.testing.assert_allclose(measured, expected, rtol=.05)    # 3 sigma hold 99 % of the variance
+    # in the plane of the picture: y grows downwards
+
+
+def degraded(photo, seed=0, **change):
+    return data.degrade(photo, {**NONE, **change}, np.random.default_rng(seed))
+
+
+def test_nothing_drawn_spoils_nothing():
+    photo = torch.from_numpy(gradient().transpose(2, 0, 1).copy())
+    assert (degraded(photo).int() - photo.int()).abs().max() <= 4       # JPEG of quality 100
+
+
+def test_noise_has_its_sigma_and_comes_before_jpeg():
+    grey = torch.full((3, 128, 128), 128, dtype=torch.uint8)
+    noisy = degraded(grey, noise=10.).float()
+    y = (noisy * torch.tensor([.299, .587, .114])[:, None, None]).sum(0)    # JPEG keeps Y whole
+    assert y.std().item() == pytest.approx(10 * math.hypot(.299, .587, .114), rel=.05)
+    assert abs(noisy.mean().item() - 128) < .5
+    assert not torch.equal(degraded(grey, 1, noise=10.).float(), noisy)
+    # Coarse quantisation after the noise wipes out most of it; noise after JPEG would stay.
+    assert degraded(grey, noise=10., quality=10).float().std() < .75 * noisy.std()
+
+
+def test_noise_and_jpeg_act_on_the_small_image():
+    """A quarter of the size: noise that is enlarged is smooth, so neighbours agree."""
+    grey = torch.full((3, 128, 128), 128, dtype=torch.uint8)
+    x = degraded(grey, noise=10., factor=4.).float()[1]
+    x = x - x.mean()
+    assert (x[:, 1:] * x[:, :-1]).mean() / x.var() > .8
+
+
+@pytest.mark.parametrize("sigma", [.01, 1.5])
+def test_blur_then_plain_bilinear_resizing_like_scipy_and_skimage(sigma):
+    plain = dict(order=1, mode="edge", anti_aliasing=False, preserve_range=True)
+    grey = np.random.default_rng(0).integers(0, 256, (60, 60)).astype(np.uint8)
+    blurred = gaussian_filter(grey.astype(float), sigma, mode="mirror")
+    expected = resize(resize(blurred, (24, 24), **plain), (60, 60), **plain)
+    lq = degraded(torch.from_numpy(grey).repeat(3, 1, 1), sigma_x=sigma, sigma_y=sigma, factor=2.45)
+    assert abs(lq.numpy() - expected).max() <= 4        # int(60 // 2.45) = 24; JPEG keeps grey
+
+
+def test_ranges_are_published_ones_at_512_and_scaled_below():
+    for size, worst in [(512, 12.), (64, 3.), (32, 12 / 16 ** (2 / 3))]:
+        rng = np.random.default_rng(0)
+        draws = [data.draw_degradation(rng, size) for _ in range(2000)]
+        for name, low, high in [("sigma_x", .1, worst), ("sigma_y", .1, worst), ("noise", 0, 15),
+                                ("factor", 1, worst), ("quality", 30, 100),
+                                ("angle", -math.pi, math.pi)]:
+            values = np.array([d[name] for d in draws])
+            room = .02 * (high - low)
+            assert low <= values.min() < low + room and high - room < values.max() <= high, name
+            assert values.mean() == pytest.approx((low + high) / 2, abs=2.5 * room), name
+        assert .45 < np.mean([d["sigma_x"] == d["sigma_y"] for d in draws]) < .55
+
+
+def test_lo_and_hi_cut_every_range():
+    rng = np.random.default_rng(0)
+    mild = [data.draw_degradation(rng, 64, 0, .3) for _ in range(200)]
+    heavy = [data.draw_degradation(rng, 64, .7, 1) for _ in range(200)]
+    for name in ("sigma_x", "sigma_y", "factor", "noise"):
+        assert max(d[name] for d in mild) < min(d[name] for d in heavy)
+    assert min(d["quality"] for d in mild) > max(d["quality"] for d in heavy)
+
+
+@pytest.mark.parametrize("size", [8, 32, 64])
+def test_mild_is_nearer_than_heavy(size):
+    def psnr(lo, hi):
+        rng = np.random.default_rng(0)
+        lq = [data.degrade(x, data.draw_degradation(rng, size, lo, hi), rng) for x in photos.images]
+        return np.mean([peak_signal_noise_ratio(a.numpy(), b.numpy())
+                        for a, b in zip(photos.images, lq)])
+    photos = faces(16, size)
+    assert psnr(0, .3) > psnr(.3, .7) + .5 > psnr(.7, 1) + 1
+
+
+# ---- pairs and batches ----
+
+def test_pair_is_the_same_in_every_batch():
+    photos = faces(8)
+    lq, gt = data.pairs(photos, [5, 1, 6], seed=3, epoch=2)
+    assert lq.dtype == gt.dtype == torch.float32 and lq.shape == gt.shape == (3, 3, 32, 32)
+    assert torch.equal(data.to_uint8(gt), photos.images[[5, 1, 6]]) and lq.abs().max() <= 1
+    again, _ = data.pairs(photos, np.array([6, 5]), seed=3, epoch=2)
+    assert torch.equal(again, lq[[2, 0]])
+    for seed, epoch in [(3, 1), (4, 2)]:
+        assert not torch.equal(data.pairs(photos, [5], seed, epoch)[0][0], lq[0])
+
+
+def test_pairs_of_one_photo_differ_by_number():
+    photos = faces(1)
+    twins = Photos(photos.images.repeat(2, 1, 1, 1), photos.names * 2)
+    lq, _ = data.pairs(twins, range(2), 0, 0)
+    assert not torch.equal(lq[0], lq[1])
+
+
+@pytest.mark.parametrize("n, batch_size", [(12, 4), (13, 4), (4, 4)])
+def test_stream_visits_every_photo_once_an_epoch(n, batch_size):
+    steps = n // batch_size
+    orders = []
+    for epoch in range(3):
+        batches = [data.batch_index(n, batch_size, 0, epoch * steps + i) for i in range(steps)]
+        assert [e for e, _ in batches] == [epoch] * steps
+        orders.append(np.concatenate([index for _, index in batches]).tolist())
+        assert len(orders[-1]) == len(set(orders[-1])) == steps * batch_size    # none twice
+        assert set(orders[-1]) <= set(range(n))
+    assert orders[0] != orders[1] != orders[2]
+    assert data.batch_index(n, batch_size, 1, 0)[1].tolist() != orders[0][:batch_size]
+
+
+def test_fewer_photos_than_a_batch_are_repeated():
+    epoch, index = data.batch_index(3, 8, 0, 5)
+    assert epoch == 5 and len(index) == 8 and sorted(set(index.tolist())) == [0, 1, 2]
+    assert np.bincount(index).max() == 3
+
+
+def test_train_batch_is_stateless():
+    photos = faces(8)
+    stream = [data.train_batch(photos, 3, 7, step) for step in range(4)]
+    lq, gt = data.train_batch(photos, 3, 7, 3)      # a run resumed at step 3
+    assert torch.equal(lq, stream[3][0]) and torch.equal(gt, stream[3][1])
+    assert not torch.equal(stream[0][1], stream[2][1])
+    epoch, index = data.batch_index(8, 3, 7, 3)
+    assert epoch == 1 and torch.equal(data.to_uint8(gt), photos.images[index])
+
+
+# ---- pictures ----
+
+def test_conversions():
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = data.to_float(levels)
+    assert x[0] == -1 and x[255] == 1 and x.dtype == torch.float32
+    assert torch.equal(data.to_uint8(x), levels)
+    assert data.to_uint8(x + .9 / 255).tolist() == levels.tolist()      # rounded, not cut off
+    assert data.to_uint8(x - .9 / 255).tolist() == levels.tolist()
+    assert data.to_uint8(torch.tensor([-3., 3.])).tolist() == [0, 255]
+
+
+def test_sheet_has_a_line_an_image_and_a_column_a_tensor():
+    images = data.to_float(faces(4, 16).images).reshape(2, 2, 3, 16, 16)
+    picture = np.array(data.sheet(list(images), scale=2))
+    assert picture.shape == (2 * 16 * 2, 2 * 16 * 2, 3)
+    for column in range(2):
+        for line in range(2):
+            tile = picture[line * 32:line * 32 + 32:2, column * 32:column * 32 + 32:2]
+            expected = data.to_uint8(images[column, line]).permute(1, 2, 0).numpy()
+            assert (tile == expected).all()

@@ -1,0 +1,195 @@
+"""LRPO's arithmetic against torch.distributions, closed forms and the paper's figure."""
+import math
+
+import pytest
+import torch
+
+from lrpo import (LRPO, clipped_loss, default_clip, gaussian_log_prob, group_advantages,
+                  gt_likelihood_loss, noise_level_weights)
+from model import Config, Diffusion, UNet
+
+
+def noise(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def brightness(x, gt):
+    """A reward with a part, for networks too small to restore anything."""
+    r = -(x - gt).square().mean(dim=(1, 2, 3))
+    return r, {"mse": r}
+
+
+def make(seed=0, reward=brightness, **changes):
+    torch.manual_seed(seed)
+    net = UNet(Config(size=16, channels=8, mults=(1, 2), patch=2))
+    torch.nn.init.normal_(net.head[-1].weight, std=0.05)
+    settings = dict(K=4, group=3, updates=2, lr=1e-4) | changes
+    return LRPO(net, Diffusion(net.config), reward, torch.Generator().manual_seed(seed), **settings)
+
+
+BATCH = (noise(1, 2, 3, 16, 16).clamp(-1, 1), noise(2, 2, 3, 16, 16).clamp(-1, 1))
+
+
+def test_log_prob_is_the_mean_of_torch_distributions():
+    x, mu, sigma = noise(0, 4, 3, 8, 8), noise(1, 4, 3, 8, 8), torch.rand(4, 1, 1, 1) + 0.1
+    want = torch.distributions.Normal(mu, sigma).log_prob(x).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(gaussian_log_prob(x, mu, sigma), want)
+    assert gaussian_log_prob(x.bfloat16(), mu, sigma).dtype == torch.float32
+
+
+def test_advantages_of_the_papers_figure():
+    a = group_advantages(torch.tensor([[.47, .49, .62]]))
+    assert [round(v, 2) for v in a[0].tolist()] == [-.85, -.55, 1.40]
+
+
+def test_advantages_group_and_batch():
+    r = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.1, 0.1]])
+    torch.testing.assert_close(group_advantages(r, "group"),
+                               torch.tensor([[-1., 1.], [-1., 1.], [0., 0.]]), rtol=1e-3, atol=0)
+    std = torch.tensor([0.0, 1.0, 0.0, 3.0, 0.1, 0.1]).std(correction=0)
+    torch.testing.assert_close(group_advantages(r, "batch"), torch.tensor(
+        [[-.5, .5], [-1.5, 1.5], [0., 0.]]) / (std + 1e-4))
+
+
+def test_noise_level_weights_average_one_and_follow_sigma():
+    w = noise_level_weights(torch.tensor([3.0, 2.0, 1.0]))
+    assert w.mean() == 1 and w.tolist() == [1.5, 1.0, 0.5]
+    lrpo = make()
+    sigma = [lrpo.policy(BATCH[0], BATCH[0], t, s, x0=BATCH[0])[1].flatten()[0].item()
+             for t, s in lrpo.trained_steps]
+    want = torch.tensor(sigma) / (sum(sigma) / 3)
+    torch.testing.assert_close(lrpo.weights(BATCH[0]), want)
+    assert torch.equal(make(noise_weights=False).weights(BATCH[0]), torch.ones(3))
+
+
+def test_clipped_loss_is_ppos():
+    """Gradient only where moving on would still be inside the trust region, by the sign of A."""
+    for A, shift, moves in [(1, 0.0, True), (1, 0.2, False), (1, -0.2, True),
+                            (-1, 0.0, True), (-1, 0.2, True), (-1, -0.2, False)]:
+        lp = torch.tensor([shift], requires_grad=True)
+        loss, ratio = clipped_loss(lp, torch.zeros(1), torch.tensor([float(A)]), clip=0.1)
+        (g,) = torch.autograd.grad(loss.sum(), lp)
+        assert ratio.item() == pytest.approx(math.exp(shift))
+        assert g.item() == pytest.approx(-A * math.exp(shift) if moves else 0.0)
+    assert default_clip(4 * 64 * 64) == pytest.approx(1e-4, rel=2e-3)      # the published setting
+
+
+def test_gt_likelihood_is_bounded_and_falls_towards_the_target():
+    target, sigma = noise(0, 3, 3, 8, 8), torch.full((3, 1, 1, 1), 0.5)
+    far, near = (gt_likelihood_loss(target + d, sigma, target) for d in (3.0, 1.0))
+    assert (near < far).all() and near.min() > 0 and far.max() <= 1
+    lp = torch.distributions.Normal(target + 3.0, sigma).log_prob(target).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(far, 1 - torch.exp(lp / 40))
+    assert (gt_likelihood_loss(target, sigma / 10, target) == 0).all()      # never negative
+
+
+def test_policy_gradient_of_a_linear_gaussian_policy():
+    """One step, mu = w c, R = x: the gradient of the loss at ratio 1 is -mean(A d log pi / dw), whose
+    expectation for A = R is -dE[R]/dw = -c for each pixel (the log-prob is a mean over D of them)."""
+    c, sigma, n = 0.7, 0.5, 200_000
+    w = torch.tensor(0.3, requires_grad=True)
+    mu = (w * c).expand(n, 1, 1, 1)
+    x = (mu + sigma * noise(0, n, 1, 1, 1)).detach()
+    log_prob = gaussian_log_prob(x, mu, torch.full((n, 1, 1, 1), sigma))
+    A = x.flatten() - x.mean()
+    loss, _ = clipped_loss(log_prob, log_prob.detach(), A, clip=0.1)
+    (g,) = torch.autograd.grad(loss.mean(), w)
+    exact = -(A * (x.flatten() - 0.3 * c) * c / sigma ** 2).mean()          # sample by sample
+    torch.testing.assert_close(g, exact.float(), rtol=1e-3, atol=0)
+    assert abs(g.item() + c) < 5 * c * math.sqrt(2 / n)                     # the closed form
+
+
+def test_rollout_groups_share_one_lq_and_its_log_probs_are_the_policys():
+    lrpo = make()
+    r = lrpo.rollout(*BATCH)
+    assert r.lq.shape == (6, 3, 16, 16) and len(r.states) == 5 and len(r.log_probs) == 3
+    for group, lq, gt in zip(range(2), *BATCH):
+        for i in range(3):
+            assert torch.equal(r.lq[3 * group + i], lq) and torch.equal(r.gt[3 * group + i], gt)
+    assert not torch.equal(r.states[0][0], r.states[0][1])
+    assert lrpo.schedule[-1][1] == -1 and len(lrpo.trained_steps) == 3      # sigma = 0 is left out
+    for k, (t, s) in enumerate(lrpo.trained_steps):
+        mu, sigma, _ = lrpo.policy(r.states[k], r.lq, t, s)
+        want = torch.distributions.Normal(mu, sigma).log_prob(r.states[k + 1]).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(r.log_probs[k], want, rtol=1e-4, atol=1e-5)
+
+
+def test_ratio_is_exactly_one_before_the_first_update():
+    lrpo = make()
+    r = lrpo.rollout(*BATCH)
+    adv, w = torch.ones(6), lrpo.weights(BATCH[0])
+    first = lrpo.update(r, adv, w, first=True)
+    assert first["ratio_mean"] == 1.0 and first["ratio_max"] == 1.0 and first["clip_fraction"] == 0
+    second = lrpo.update(r, adv, w, first=False)
+    assert second["ratio_max"] != 1.0
+    with pytest.raises(RuntimeError, match="off 1"):
+        lrpo.update(r, adv, w, first=True)      # the policy has moved: that must not pass for first
+
+
+def parameters(lrpo):
+    return torch.cat([p.detach().flatten() for p in lrpo.net.parameters()])
+
+
+def after_a_step(**changes):
+    lrpo = make(**changes)
+    stats = lrpo.step(BATCH)
+    return parameters(lrpo), stats
+
+
+def test_each_switch_changes_what_it_should_and_nothing_else():
+    base, stats = after_a_step()
+    again, _ = after_a_step()
+    assert torch.equal(base, again)
+    rolled = ("reward", "mse", "reward_std", "no_spread")
+    for change in (dict(gt_weight=0.0), dict(noise_weights=False), dict(pg_weight=0.0),
+                   dict(gt_target="posterior"), dict(gt_last=1), dict(adv_std="batch")):
+        moved, other = after_a_step(**change)
+        assert not torch.equal(base, moved), change
+        assert all(stats[k] == other[k] for k in rolled), change    # the rollout is the same
+    # without the policy gradient neither advantages nor their weights can matter
+    assert torch.equal(after_a_step(pg_weight=0.0)[0],
+                       after_a_step(pg_weight=0.0, noise_weights=False, adv_std="batch")[0])
+    # without strategy 2 its variants cannot matter
+    assert torch.equal(after_a_step(gt_weight=0.0)[0],
+                       after_a_step(gt_weight=0.0, gt_target="posterior", gt_last=2)[0])
+
+
+def test_a_reward_that_cannot_tell_moves_nothing_by_itself():
+    flat = lambda x, gt: (torch.full((len(x),), 0.3), {})
+    lrpo = make(reward=flat, gt_weight=0.0)
+    for group in lrpo.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    before = parameters(lrpo)
+    stats = lrpo.step(BATCH)
+    assert stats["no_spread"] == 1 and stats["grad_norm"] == 0 and torch.equal(before, parameters(lrpo))
+
+
+def test_reinforce_raises_the_reward():
+    """Policy gradient alone, no ground-truth likelihood: the mean brightness must go up."""
+    lrpo = make(reward=lambda x, gt: (x.mean(dim=(1, 2, 3)), {}), gt_weight=0.0, group=16, lr=1e-3)
+    history = [lrpo.step(BATCH)["reward"] for _ in range(12)]
+    assert sum(history[-3:]) / 3 > sum(history[:3]) / 3 + 0.02
+
+
+def test_posterior_target_is_ddpms_posterior_and_marginal_is_q_sample():
+    lrpo = make(gt_target="posterior")
+    r = lrpo.rollout(*BATCH)
+    many = lambda kind: torch.stack([lrpo.noised_gt(r, r.states[0], *lrpo.schedule[0])
+                                     for _ in range(2000)])
+    t, s = lrpo.schedule[0]
+    a, prev = lrpo.diffusion.abar[t].item(), lrpo.diffusion.abar[s].item()
+    draws = many("posterior")
+    alpha = a / prev
+    mean = (math.sqrt(prev) * (1 - alpha) * r.gt + math.sqrt(alpha) * (1 - prev) * r.states[0]) / (1 - a)
+    std = math.sqrt((1 - prev) / (1 - a) * (1 - alpha))
+    assert (draws.mean(0) - mean).abs().mean() < 2 * std / math.sqrt(2000)
+    assert draws.std(0).mean().item() == pytest.approx(std, rel=0.01)
+    lrpo.gt_target = "marginal"
+    draws = many("marginal")
+    assert (draws.mean(0) - math.sqrt(prev) * r.gt).abs().mean() < 2 / math.sqrt(2000)
+    assert draws.std(0).mean().item() == pytest.approx(math.sqrt(1 - prev), rel=0.01)
+
+
+def test_eta_zero_is_refused():
+    with pytest.raises(ValueError, match="eta must be above 0"):
+        make(eta=0.0)

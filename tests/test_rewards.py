@@ -1,0 +1,161 @@
+"""Every reward against another's arithmetic: scikit-image, the lpips package, closed forms."""
+import urllib.error
+import warnings
+from pathlib import Path
+
+import lpips as lpips_package
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import rewards
+from data import UserError
+from rewards import (LPIPS, CompositeReward, FaceRewardModel, FaceRewardTraining, build_reward, dwt,
+                     graded, low_pass, pair_loss, parse_rewards, psnr, ssim)
+
+
+def images(seed, n=4, side=32):
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.rand((n, 3, side // 4, side // 4), generator=g)
+    x = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear") * 2 - 1
+    return x + 0.1 * torch.randn(x.shape, generator=g)
+
+
+def as_skimage(x):
+    return ((x.double() + 1) / 2).permute(1, 2, 0).numpy()
+
+
+def test_ssim_and_psnr_equal_scikit_image():
+    a = images(0).clamp(-1, 1)
+    for b in (images(1).clamp(-1, 1), (a + 0.2 * images(2)).clamp(-1, 1), a * 0.5):
+        want = [structural_similarity(as_skimage(x), as_skimage(y), data_range=1, channel_axis=-1,
+                                      gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+                for x, y in zip(a, b)]
+        torch.testing.assert_close(ssim(a, b).double(), torch.tensor(want), rtol=0, atol=1e-5)
+        want = [peak_signal_noise_ratio(as_skimage(y), as_skimage(x), data_range=1)
+                for x, y in zip(a, b)]
+        torch.testing.assert_close(psnr(a, b).double(), torch.tensor(want), rtol=0, atol=1e-3)
+
+
+def test_gradients_are_finite_where_nothing_differs():
+    face = FaceRewardModel()
+    for gt in (images(0).clamp(-1, 1), torch.zeros(2, 3, 32, 32)):
+        for term in (ssim, dwt, face):
+            x = gt.clone().requires_grad_()
+            (g,) = torch.autograd.grad(term(x, gt).sum(), x)
+            assert torch.isfinite(g).all()
+    x, gt = images(0).requires_grad_(), images(1)
+    for term in (ssim, dwt, face):
+        assert torch.autograd.grad(term(x, gt).sum(), x)[0].abs().max() > 0
+
+
+def test_dwt_is_the_papers_exponential_of_a_unit_gain_low_pass():
+    gt = torch.zeros(1, 3, 32, 32)
+    for shift in (0.005, 0.02):         # on [0, 1] images; the published band has a gain of 4
+        want = torch.exp(torch.tensor([-15 * 4 * shift]))
+        torch.testing.assert_close(dwt(gt + 2 * shift, gt), want, rtol=1e-4, atol=0)
+    stripes = torch.ones(1, 3, 32, 32)
+    stripes[..., ::2] = -1
+    assert dwt(stripes, gt).item() == 1         # blind to detail, as a low-pass is
+    assert low_pass(gt).shape == (1, 3, 7, 7)
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    """A file such as --lpips_weights takes: squeezenet's features, random, with torchvision's names."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        judge = lpips_package.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval()
+    state = {k.split(".", 1)[1]: v for k, v in judge.net.state_dict().items()}
+    torch.save(state, tmp_path / "squeeze.pth")
+    return judge, str(tmp_path / "squeeze.pth")
+
+
+def test_lpips_equals_the_package(backbone):
+    judge, path = backbone
+    ours, a, b = LPIPS("squeeze", path), images(0), images(1)
+    torch.testing.assert_close(1 - ours(a, b), judge(a, b).flatten(), rtol=1e-5, atol=1e-6)
+    torch.nn.ModuleList([ours]).train()
+    assert not any(m.training for m in ours.modules())      # a parent cannot wake its dropout
+    assert not any(p.requires_grad for p in ours.parameters())
+    with pytest.raises(UserError, match="17 px or more"):
+        ours(a[..., :16, :16], b[..., :16, :16])
+
+
+def test_lpips_with_the_real_backbone():
+    path = Path(__file__).parents[2] / "shared/weights/lpips_squeeze_backbone.pth"
+    if not path.exists():
+        pytest.skip("the real squeeze backbone is not here")
+    torch.manual_seed(123)
+    a, b = (torch.rand(10, 3, 100, 100) * 2 - 1 for _ in range(2))
+    assert (1 - LPIPS("squeeze", str(path))(a, b)).mean().item() == pytest.approx(0.1008, abs=5e-5)
+
+
+def test_lpips_never_runs_on_other_weights(backbone, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="--lpips_weights FILE, or use --rewards"):
+        LPIPS("squeeze")
+    with pytest.raises(UserError, match="not the features of alex"):
+        LPIPS("alex", backbone[1])
+    with pytest.raises(UserError, match="no such file"):
+        LPIPS("squeeze", str(tmp_path / "none.pth"))
+
+
+def test_pair_loss_is_bradley_terry():
+    a, b = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 1.0])
+    want = -torch.log(torch.exp(a) / (torch.exp(a) + torch.exp(b))).mean()
+    torch.testing.assert_close(pair_loss(a, b), want)
+
+
+def test_graded_makes_the_second_worse():
+    gt = images(0, n=32).clamp(-1, 1)
+    import numpy as np
+    mild, heavy = graded(gt, np.random.default_rng(0))
+    assert (psnr(mild, gt) > psnr(heavy, gt)).float().mean() > 0.9
+
+
+def test_face_reward_model_learns_to_order_pairs():
+    torch.manual_seed(0)
+    gt = torch.cat([images(s, n=16) for s in range(4)]).clamp(-1, 1)
+    lq = torch.nn.functional.avg_pool2d(gt, 3, 1, 1)
+    face = FaceRewardModel()
+    training = FaceRewardTraining(face, torch.Generator().manual_seed(0), lq, gt, lr=1e-3)
+    for _ in range(30):
+        stats = training.step((lq[:16], gt[:16]))
+    assert stats["accuracy_degraded"] > 0.95 and stats["accuracy_restored"] > 0.9
+    held = images(9, n=16).clamp(-1, 1)
+    assert (face.score(held) > face.score(torch.nn.functional.avg_pool2d(held, 3, 1, 1))).all()
+    r = face(held)
+    assert r.shape == (16,) and 0 < r.min() and r.max() < 1
+    order = face.score(held).argsort()
+    assert torch.equal(order, r.argsort())      # squashing keeps the order
+
+
+def test_composite_is_the_weighted_sum_of_clamped_images():
+    gt, face = images(0).clamp(-1, 1), FaceRewardModel().eval()
+    reward = CompositeReward({"ssim": 0.5, "dwt": 0.2, "face": 0.3}, face)
+    x = images(1) * 3       # far outside [-1, 1]
+    total, parts = reward(x, gt)
+    y = x.clamp(-1, 1)
+    torch.testing.assert_close(total, 0.5 * ssim(y, gt) + 0.2 * dwt(y, gt) + 0.3 * face(y))
+    assert list(parts) == ["ssim", "dwt", "face"] and total.dtype == torch.float32
+    with pytest.raises(ValueError, match="lpips needs its model"):
+        CompositeReward({"lpips": 1.0})
+
+
+def test_reward_names_and_files(tmp_path):
+    assert parse_rewards("ssim=.4, face=1") == {"ssim": 0.4, "face": 1.0}
+    for text, message in [("sim=1", "'sim'; there are ssim"), ("ssim", "name=weight"),
+                          ("ssim=a", "name=weight"), ("", "''")]:
+        with pytest.raises(UserError, match=message):
+            parse_rewards(text)
+    torch.save({"mode": "sft"}, tmp_path / "sft.pt")
+    with pytest.raises(UserError, match="not a checkpoint of --mode frm"):
+        build_reward({"face": 1.0}, "cpu", tmp_path / "sft.pt")
+    with pytest.raises(UserError, match="no such file"):
+        build_reward({"face": 1.0}, "cpu", tmp_path / "none.pt")
+    assert set(parse_rewards(rewards.OFFLINE)) <= {"ssim", "dwt", "face"}   # nothing to fetch

@@ -1,0 +1,190 @@
+"""The commands as a user gives them, on networks and data sets as small as they come."""
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import sample
+import train
+from data import UserError
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--size", "16", "--channels", "8", "--mults", "1,2", "--faces", "24", "--batch_size", "4",
+         "--device", "cpu", "--ddim_steps", "3", "--group", "2", "--updates", "2", "--every", "3"]
+
+
+def run(mode, out, *more, steps=3):
+    train.main(["--mode", mode, "--out", str(out), "--steps", str(steps), *SMALL, *more])
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_work():
+    quick = {"steps": {"sft": 3, "frm": 3, "lrpo": 3}, "batch_size": 4, "every": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VALIDATION", 8)
+        patch.setattr(train, "RESTORED_PAIRS", 8)
+        patch.setitem(train.PRESETS, "tiny", train.PRESETS["tiny"] | quick)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with an sft, an frm and an lrpo run of three steps each; lrpo trains frm by itself."""
+    root = tmp_path_factory.mktemp("runs")
+    run("sft", root / "sft")
+    run("lrpo", root / "lrpo")
+    return root
+
+
+def test_a_run_leaves_what_the_readme_says(runs):
+    for mode in ("sft", "frm", "lrpo"):
+        names = {p.name for p in (runs / mode).iterdir()}
+        assert {"last.pt", "best.pt", "metrics.csv", "curves.png", "args.json"} <= names
+        state = torch.load(runs / mode / "last.pt", weights_only=True)
+        assert state["mode"] == mode and json.loads((runs / mode / "args.json").read_text())
+    assert Image.open(runs / "sft" / "samples_000003.png").size == (3 * 16 * 2, 8 * 16 * 2)
+    with open(runs / "lrpo" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    for name in ("reward", "ssim", "dwt", "face", "ratio_mean", "ratio_max", "clip_fraction",
+                 "approx_kl", "no_spread", "grad_norm", "heldout_psnr", "heldout_ssim"):
+        float(rows[-1][name])
+
+
+def same(a, b, where=""):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            same(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            same(*pair, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("mode", ["sft", "frm", "lrpo"])
+def test_resume_is_bit_for_bit(runs, tmp_path, mode):
+    """6 steps = 3 + stop + resume + 3: every tensor of the checkpoint, and the log."""
+    beside = ["--init", str(runs / "sft" / "last.pt")] if mode != "sft" else []
+    beside += ["--frm_weights", str(runs / "frm" / "last.pt")] if mode == "lrpo" else []
+    whole = run(mode, tmp_path / "whole", *beside, steps=6)
+    run(mode, tmp_path / "parts", *beside, steps=3)
+    parts = run(mode, tmp_path / "parts", *beside, "--resume", steps=6)
+    for state in (whole, parts):
+        for name in ("out", "resume"):
+            state["args"].pop(name)
+    same(whole, parts)
+    logs = []
+    for name in ("whole", "parts"):
+        with open(tmp_path / name / "metrics.csv") as file:
+            logs.append([{k: v for k, v in row.items() if k != "seconds" and "heldout" not in k}
+                         for row in csv.DictReader(file)])
+    assert len(logs[0]) == 6
+    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]]
+
+
+def test_minutes_stop_a_run_early(tmp_path):
+    assert run("sft", tmp_path / "sft", "--minutes", "1e-6", steps=50)["step"] == 1
+
+
+def test_evaluate_and_sample(runs, tmp_path, capsys):
+    ckpts = [str(runs / m / "last.pt") for m in ("sft", "lrpo")]
+    evaluate.compare(evaluate.parser().parse_args(
+        ["--ckpt", *ckpts, "--n", "6", "--out", str(tmp_path / "e"), "--device", "cpu"]))
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["LQ", "sft", "lrpo"]
+    figures = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    row = figures["rows"]["lrpo"]
+    want = sum(w * row[f"r_{name}"] for name, w in figures["rewards"].items())
+    assert row["reward"] == pytest.approx(want, rel=1e-5) and figures["images"] == 6
+    assert Image.open(tmp_path / "e" / "comparison.png").size == (4 * 96, 6 * 96)
+
+    photos = tmp_path / "photos"
+    (photos / "deep").mkdir(parents=True)
+    Image.new("L", (40, 30), 90).save(photos / "grey.JPG")
+    Image.new("RGBA", (20, 50), (9, 90, 200, 100)).save(photos / "deep" / "alpha.webp")
+    (photos / "text.png").write_text("not a picture")
+    command = ["--ckpt", ckpts[1], "--input", str(photos), "--output", str(tmp_path / "out"),
+               "--sheet", str(tmp_path / "sheet.png"), "--device", "cpu"]
+    sample.main(sample.parser().parse_args(command))
+    assert "text.png" in capsys.readouterr().err
+    made = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png"))
+    assert made == ["deep/alpha.png", "grey.png"]
+    assert Image.open(tmp_path / "out" / "grey.png").size == (16, 16)
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 128, 2 * 128)
+    first = (tmp_path / "out" / "grey.png").read_bytes()
+    command[3], command[5] = str(photos / "grey.JPG"), str(tmp_path / "alone")
+    sample.main(sample.parser().parse_args(command))
+    assert (tmp_path / "alone" / "grey.png").read_bytes() == first      # alone or in a folder
+
+
+def test_sample_loses_nothing(tmp_path, runs):
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    with pytest.raises(UserError, match="would both become"):
+        sample.outputs(tmp_path, tmp_path / "out")
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(UserError, match="would be lost"):
+        sample.outputs(tmp_path, tmp_path)
+
+
+def test_demo_runs_the_whole_story(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--mode", "demo", "--steps", "2", *SMALL])
+    out = capsys.readouterr().out
+    assert all(f"| {row} |" in out for row in ("LQ", "sft", "sft_longer", "lrpo"))
+    assert (tmp_path / "runs" / "evaluation" / "comparison.png").exists()
+
+
+MISTAKES = {
+    "a folder without photos": (["--mode", "sft", "--data", "{empty}"], "no photo in it"),
+    "a missing folder": (["--mode", "sft", "--data", "{empty}/none"], "no such folder"),
+    "only unreadable photos": (["--mode", "sft", "--data", "{text}"], "can be read"),
+    "a checkpoint of another size": (["--mode", "lrpo", "--init", "{sft}", "--size", "32"], "16 px"),
+    "an unknown reward": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "beauty=1"], "beauty"),
+    "no sft run": (["--mode", "lrpo"], "no such file"),
+    "eta 0": (["--mode", "lrpo", "--init", "{sft}", "--eta", "0"], "--eta"),
+    "nothing to resume": (["--mode", "sft", "--resume"], "--resume"),
+    "a run in the way": (["--mode", "sft", "--out", "{runs}/sft"], "--overwrite"),
+    "a size that no network fits": (["--mode", "sft", "--size", "30"], "multiple of"),
+    "no such device": (["--mode", "sft", "--device", "nonsense"], "--device"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_loses_nothing(name, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    empty, text = tmp_path / "empty", tmp_path / "text"
+    empty.mkdir()
+    text.mkdir()
+    for i in range(3):
+        (text / f"{i}.png").write_text("not a picture")
+    before = (runs / "sft" / "last.pt").read_bytes()
+    given, message = MISTAKES[name]
+    given = [g.format(empty=empty, text=text, runs=runs, sft=runs / "sft" / "last.pt") for g in given]
+    out = [] if "--out" in given else ["--out", str(tmp_path / "new" / "run")]
+    with pytest.raises(UserError, match=message) as raised:
+        train.main([*SMALL, *out, *given])
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "new").exists() and (runs / "sft" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [["train.py", "--mode", "sft", "--data", "none"],
+                                     ["sample.py", "--ckpt", "none", "--input", "x", "--output", "y"],
+                                     ["evaluate.py", "--ckpt", "none"]])
+def test_a_mistake_ends_the_program_without_a_trace(command, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True,
+                          text=True, cwd=tmp_path)
+    assert done.returncode != 0 and done.stderr.startswith("error: ") and "none" in done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -1,0 +1,356 @@
+"""Train: supervised (sft), a face reward model (frm), LRPO (lrpo), or the whole story (demo).
+
+    python train.py --mode demo                         drawn faces, two CPU cores, minutes
+    python train.py --mode sft                          then:
+    python train.py --mode lrpo                         starts from runs/sft/last.pt
+    python train.py --mode sft --preset small --data path/to/faces
+
+A mode's run folder is --out (default runs/MODE); what it starts from is looked for beside it: with
+--out X/lrpo, X/sft/last.pt and X/frm/last.pt. A method is a class with step(batch) -> dict of floats
+that owns its optimiser steps; this file owns data, device, checkpoints, log, pictures and stopping.
+"""
+import argparse
+import csv
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import evaluate
+from data import Photos, UserError, sheet, train_batch
+from lrpo import LRPO
+from model import (EMA, Config, Diffusion, UNet, load_restorer, load_tensors, pick_device,
+                   save_checkpoint)
+from rewards import (OFFLINE, FaceRewardModel, FaceRewardTraining, build_reward, parse_rewards, psnr,
+                     ssim)
+
+# A value is one for every mode, or one for each. Sources: "LRPO" is its published code; the rest is
+# ours, chosen by measurement (docs/results.md) for the time that the README promises.
+PRESETS = {
+    "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
+        size=32, channels=32, mults="1,2,4", patch=2, faces=8192,
+        steps=dict(sft=2000, frm=200, lrpo=40), batch_size=dict(sft=32, frm=32, lrpo=8),
+        lr=dict(sft=5e-4, frm=1e-3, lrpo=2e-5), every=dict(sft=500, frm=100, lrpo=10),
+        ddim_steps=10, group=8, rewards=OFFLINE, bf16="off"),
+    "small": dict(      # 64 px, a folder of faces, one GPU, minutes
+        size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
+        steps=dict(sft=20_000, frm=1000, lrpo=300), batch_size=dict(sft=64, frm=64, lrpo=16),
+        lr=dict(sft=3e-4, frm=1e-3, lrpo=2e-5), every=dict(sft=1000, frm=100, lrpo=20),
+        ddim_steps=10, group=8, rewards="face=.3,lpips=.3,dwt=.3,ssim=.1", bf16="on"),
+    "base": dict(       # 128 px, the paper's K and G, one GPU, hours
+        size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000,
+        steps=dict(sft=200_000, frm=3000, lrpo=2000), batch_size=dict(sft=32, frm=32, lrpo=4),
+        lr=dict(sft=2e-4, frm=1e-3, lrpo=1e-5), every=dict(sft=5000, frm=500, lrpo=50),
+        ddim_steps=50, group=9, rewards="face=.3,lpips=.3,dwt=.3,ssim=.1", bf16="on"),
+}
+EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.9)     # ours: RL takes tens of steps, not thousands
+WARMUP = dict(sft=100, frm=20, lrpo=2)              # steps of linear learning-rate warm-up (ours)
+VALIDATION = 64         # held-out images measured during training
+RESTORED_PAIRS = 512    # restorations that the face reward model learns from
+REWARDED_WITHOUT_FRM = "ssim=.5,dwt=.5"     # what sft's best.pt is chosen by: no frm exists yet
+
+
+class SFT:
+    """Supervised training: the mean squared error of v at a random noise level."""
+
+    def __init__(self, net, diffusion, generator, lr):
+        self.net, self.diffusion, self.generator = net, diffusion, generator
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+
+    def step(self, batch):
+        loss = self.diffusion.loss(self.net, *batch, self.generator).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        return {"loss": loss.item(), "grad_norm": grad_norm.item()}
+
+
+# ---------------------------------------------------------------------------------------------
+# What a mode needs
+
+def build(args, device, generator, photos):
+    """The method, and validate() -> (figures, pictures or None), for args.mode."""
+    beside = Path(args.out).parent
+    init = args.init or (None if args.mode == "sft" else beside / "sft" / "last.pt")
+    if init is None:
+        net = UNet(Config(args.size, args.channels, map(int, args.mults.split(",")), patch=args.patch))
+    else:
+        net, state = load_restorer(init, device, "--init")
+        if net.config.size != args.size:
+            raise UserError(f"--init {init}: made for {net.config.size} px, but --size is {args.size}")
+        net.train().requires_grad_(True)
+    net = net.to(device)
+    net.bf16 = args.bf16 == "on"
+    diffusion = Diffusion(net.config, device)
+    lq, gt = evaluate.held_out(args.data, args.size, VALIDATION, device)
+
+    if args.mode == "frm":
+        n = min(RESTORED_PAIRS, len(photos))
+        pool_lq, pool_gt = (u.to(device) for u in train_batch(photos, n, args.seed + 1, 0))
+        print(f"restoring {n} training photos with {init}, for the face reward model to tell apart")
+        restored = evaluate.restore(net, pool_lq, args.ddim_steps, args.eta, args.seed)
+        held = evaluate.restore(net, lq, args.ddim_steps, args.eta, args.seed)
+        face = FaceRewardModel().to(device)
+        method = FaceRewardTraining(face, generator, restored, pool_gt, args.lr)
+
+        def validate(averaged):
+            score = [averaged.score(u) for u in (gt, lq, held)]
+            return {"heldout_accuracy_degraded": (score[0] > score[1]).float().mean().item(),
+                    "heldout_accuracy_restored": (score[0] > score[2]).float().mean().item()}, None
+        return method, validate
+
+    weights = parse_rewards(REWARDED_WITHOUT_FRM if args.mode == "sft" else args.rewards)
+    frm = args.frm_weights or beside / "frm" / "last.pt"
+    reward = build_reward(weights, device, frm, args.lpips_net, args.lpips_weights)
+    if args.mode == "sft":
+        method = SFT(net, diffusion, generator, args.lr)
+    else:
+        method = LRPO(net, diffusion, reward, generator, lr=args.lr, K=args.ddim_steps, eta=args.eta,
+                      group=args.group, updates=args.updates, clip=args.clip, adv_std=args.adv_std,
+                      noise_weights=args.noise_level_weights == "on", pg_weight=args.pg_weight,
+                      gt_weight=args.gt_weight, gt_target=args.gt_target, gt_last=args.gt_last)
+
+    def validate(averaged):
+        x = evaluate.restore(averaged, lq, args.ddim_steps, evaluate.EVAL_ETA, seed=0)
+        figures = {name: v.mean().item() for name, v in evaluate.measure(x, gt, reward).items()}
+        return {f"heldout_{name}": v for name, v in figures.items()}, sheet([lq[:8], x[:8], gt[:8]], 2)
+    return method, validate
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+def train(args) -> float:
+    """Run one mode to its end. Returns the seconds spent in training steps alone."""
+    out, device = Path(args.out), pick_device(args.device)
+    last = out / "last.pt"
+    saved = load_tensors(last, "--resume") if args.resume else None
+    if last.exists() and not args.resume and not args.overwrite:
+        raise UserError(f"--out {out}: holds a run already; --resume goes on with it, --overwrite "
+                        "starts anew")
+    torch.manual_seed(args.seed)            # the weights' first values; all else is `generator`'s
+    generator = torch.Generator().manual_seed(args.seed)
+    photos = (Photos.from_folder(args.data, args.size, "train") if args.data
+              else Photos.drawn(args.faces, args.seed, args.size, "train"))
+    try:
+        method, validate = build(args, device, generator, photos)
+    except ValueError as error:         # a network, a schedule or a method that cannot be had
+        raise UserError(f"--preset {args.preset} with these flags: {error}") from None
+    ema, start, best = EMA(method.net, EMA_DECAY[args.mode]), 0, -float("inf")
+    if saved:
+        start, best = restore_run(saved, args, method, ema, generator)
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    log = Log(out / "metrics.csv", start)
+    print(plan(args, method.net, len(photos), start))
+    spent, clock = 0.0, time.perf_counter()
+    bar = tqdm(range(start, args.steps), args.mode, args.steps, initial=start, disable=None)
+    for step in bar:
+        for group in method.optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / WARMUP[args.mode])
+        batch = train_batch(photos, args.batch_size, args.seed, step)
+        stats = method.step([u.to(device) for u in batch])
+        ema.update(method.net)
+        done = step + 1
+        spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
+        stop = done == args.steps or (args.minutes and spent > 60 * args.minutes)
+        figures = {}
+        if done % args.every == 0 or stop:
+            figures, picture = validate(ema.net)
+            stats |= figures
+            if picture:
+                picture.save(out / f"samples_{done:06d}.png")
+            score = figures.get("heldout_reward", figures.get("heldout_accuracy_restored"))
+            state = run_state(args, method, ema, generator, done, max(best, score))
+            save_checkpoint(last, state)
+            if score > best:
+                best = score
+                save_checkpoint(out / "best.pt", state)
+        log.rows.append({"step": done, "seconds": spent, **stats})
+        if figures:
+            log.write()
+            curves(log, out / "curves.png")
+        bar.set_postfix({k: f"{v:.3g}" for k, v in list(stats.items())[:1]})
+        clock = time.perf_counter()         # measuring and saving are not training time
+        if stop:
+            break
+    print(f"{args.mode}: {done} steps, {spent:.0f} s of training; "
+          + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+    return spent
+
+
+def plan(args, net, photos: int, start: int) -> str:
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    text = (f"{args.mode}: {photos:,} training photos of {args.size} px, {size:.2f} M parameters, steps "
+            f"{start} to {args.steps} of {args.batch_size} images")
+    if args.mode == "lrpo":
+        text += (f" x {args.group} restorations of {args.ddim_steps} DDIM steps, {args.updates} updates "
+                 f"a rollout; rewards {args.rewards}")
+    return text + (f"; at most {args.minutes:g} minutes" if args.minutes else "") + f"; to {args.out}"
+
+
+def run_state(args, method, ema, generator, step: int, best: float) -> dict:
+    """A checkpoint. The data position is `step`; config and ema are all that restoring needs."""
+    config = vars(method.net.config) if args.mode != "frm" else {}
+    weights = ema.net.state_dict()
+    return {"mode": args.mode, "step": step, "best": best, "args": vars(args) | {"out": str(args.out)},
+            "config": config | {"mults": list(config["mults"])} if config else {},
+            "ema": weights, "ema_updates": ema.updates, "model": method.net.state_dict(),
+            "optimizer": method.optimizer.state_dict(), "generator": generator.get_state()}
+
+
+def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
+    """Everything back to where run_state left it; returns the next step and the best score."""
+    if saved["mode"] != args.mode or saved["args"]["size"] != args.size:
+        raise UserError(f"--resume: {args.out} holds a run of --mode {saved['mode']} --size "
+                        f"{saved['args']['size']}, not of --mode {args.mode} --size {args.size}")
+    method.net.load_state_dict(saved["model"])
+    ema.net.load_state_dict(saved["ema"])
+    ema.updates = saved["ema_updates"]
+    method.optimizer.load_state_dict(saved["optimizer"])
+    generator.set_state(saved["generator"])
+    return saved["step"], saved["best"]
+
+
+class Log:
+    """metrics.csv: one line a step, written with each checkpoint, so that the two agree."""
+
+    def __init__(self, path: Path, start: int):
+        self.path, self.rows = path, []
+        if start and path.exists():
+            with open(path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+
+    def write(self):
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def curves(log: Log, path: Path):
+    """Every column of metrics.csv against the step, in small panels."""
+    import matplotlib
+    matplotlib.use("Agg")       # no screen needed
+    from matplotlib import pyplot as plt
+    names = [n for n in dict.fromkeys(n for r in log.rows for n in r) if n not in ("step", "seconds")]
+    fig, axes = plt.subplots(-(-len(names) // 4), 4, figsize=(14, 2.4 * -(-len(names) // 4)))
+    for ax, name in zip(axes.flat, names):
+        points = [(int(r["step"]), float(r[name])) for r in log.rows if r.get(name) not in (None, "")]
+        ax.plot(*zip(*points), marker="." if len(points) < 30 else "")
+        ax.set_title(name, fontsize=9)
+    for ax in list(axes.flat)[len(names):]:
+        ax.axis("off")
+    fig.tight_layout()
+    fig.savefig(path, dpi=70)
+    plt.close(fig)
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+
+METHODS = ["lrpo"]
+
+
+def demo(args):
+    """sft, frm, each method of --methods; sft trained on for as long as the methods took; a table."""
+    root, seconds = Path(args.out), {}
+
+    def run(mode, out=None, **changes):
+        changes |= {"mode": mode, "out": str(root / (out or mode))}
+        seconds[out or mode] = train(resolve(argparse.Namespace(**vars(args) | changes)))
+    for mode in ["sft", "frm", *args.methods]:
+        run(mode)
+    longest = max(seconds[m] for m in args.methods)
+    if (root / "sft_longer").exists():
+        shutil.rmtree(root / "sft_longer")
+    shutil.copytree(root / "sft", root / "sft_longer")
+    run("sft", "sft_longer", resume=True, steps=10 ** 9, minutes=longest / 60)
+    ckpts = [str(root / name / "last.pt") for name in ["sft", "sft_longer", *args.methods]]
+    choice = ["--ckpt", *ckpts, "--out", str(root / "evaluation"), "--device", args.device,
+              "--rewards", args.rewards or PRESETS[args.preset]["rewards"]]
+    choice += ["--data", args.data] if args.data else []
+    evaluate.compare(evaluate.parser().parse_args(choice))
+
+
+def resolve(args) -> argparse.Namespace:
+    """A copy in which what the command line left open is filled from the preset."""
+    args = argparse.Namespace(**vars(args))
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value[args.mode] if isinstance(value, dict) else value)
+    args.out = args.out or f"runs/{args.mode}"
+    return args
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Train a face restorer, then improve it by rewards.")
+    flag = p.add_argument
+    flag("--mode", required=True, choices=["sft", "frm", "lrpo", "demo"])
+    flag("--preset", default="tiny", choices=list(PRESETS), help="a set of defaults (tiny)")
+    flag("--methods", nargs="+", default=["lrpo"], choices=METHODS, help="what demo compares")
+    flag("--data", help="folder of face photos (default: drawn faces)")
+    flag("--faces", type=int, help="how many drawn faces to train on")
+    flag("--out", help="run folder (default runs/MODE; for demo the folder of all of them, runs)")
+    flag("--init", help="checkpoint to start from (default: sft/last.pt beside --out)")
+    flag("--resume", action="store_true", help="go on with the run in --out, exactly")
+    flag("--overwrite", action="store_true", help="start anew where --out holds a run")
+    flag("--steps", type=int, help="calls of the method's step, in all")
+    flag("--minutes", type=float, help="stop after this much training time of this call")
+    flag("--every", type=int, help="steps between held-out measurements and checkpoints")
+    flag("--batch_size", type=int, help="images a step; for lrpo, groups")
+    flag("--lr", type=float, help="learning rate")
+    flag("--seed", type=int, default=0)
+    flag("--device", default="auto", help="auto, cpu, cuda")
+    flag("--bf16", choices=["on", "off"], help="network in bfloat16; likelihoods stay in float32")
+    flag("--size", type=int, help="side of the images in pixels")
+    flag("--channels", type=int, help="width of the first level")
+    flag("--mults", help="width of each level, as multiples: 1,2,4")
+    flag("--patch", type=int, help="pixel-unshuffle in front of the network: 1 is none")
+    flag("--rewards", help="name=weight,... of ssim, dwt, lpips, face")
+    flag("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
+    flag("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")
+    flag("--frm_weights", help="face reward model (default: frm/last.pt beside --out)")
+    flag("--ddim_steps", type=int, help="K, sampling steps")
+    flag("--eta", type=float, default=1.0, help="DDIM noise of the rollouts (1: LRPO)")
+    flag("--group", type=int, help="G, restorations of one image")
+    flag("--updates", type=int, default=4, help="optimiser steps on a rollout")
+    flag("--clip", type=float, help="of the ratio (default 1.64 / D)")
+    flag("--adv_std", default="group", choices=["group", "batch"], help="spread in the advantage")
+    flag("--noise_level_weights", default="on", choices=["on", "off"], help="LRPO strategy 3")
+    flag("--pg_weight", type=float, default=1.0, help="weight of the policy gradient")
+    flag("--gt_weight", type=float, default=1.0, help="weight of LRPO strategy 2 (0: off)")
+    flag("--gt_target", default="marginal", choices=["marginal", "posterior"])
+    flag("--gt_last", type=int, default=0, help="strategy 2 on the last n trained steps (0: all)")
+    return p
+
+
+def main(argv=None):
+    given = parser().parse_args(argv)
+    if given.mode == "demo":
+        return demo(argparse.Namespace(**{**vars(given), "out": given.out or "runs"}))
+    args = resolve(given)
+    if args.mode == "lrpo" and args.eta <= 0:
+        raise UserError("--eta must be above 0 in lrpo: without noise a step has no likelihood")
+    frm = Path(args.out).parent / "frm" / "last.pt"
+    if (args.mode == "lrpo" and "face" in parse_rewards(args.rewards) and not args.frm_weights
+            and not frm.exists()):
+        print(f"no face reward model at {frm}: training one first")
+        own = dict(mode="frm", out=str(frm.parent), resume=False, minutes=None,
+                   **{name: None for name in ("steps", "batch_size", "lr", "every")})
+        train(resolve(argparse.Namespace(**vars(given) | own)))
+    train(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
