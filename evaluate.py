@@ -68,21 +68,21 @@ def table(rows: dict[str, dict]) -> str:
 def compare(args) -> dict:
     """Restore with every checkpoint, print the table, write the files. Returns the mean figures."""
     device = pick_device(args.device)
-    nets, labels = [], []
-    for path in args.ckpt:
-        net, state = load_restorer(path, device)
-        if nets and net.config.size != nets[0].config.size:
+    nets, states = zip(*[load_restorer(path, device) for path in args.ckpt])
+    labels = [Path(p).parent.name if Path(p).stem == "last" else str(p) for p in args.ckpt]
+    size, saved = nets[0].config.size, states[0]["args"]
+    for path, net in zip(args.ckpt, nets):
+        if net.config.size != size:
             raise UserError(f"--ckpt {path}: made for {net.config.size} px, but {args.ckpt[0]} for "
-                            f"{nets[0].config.size} px; compare checkpoints of one size")
-        nets.append(net)
-        labels.append(Path(path).parent.name if Path(path).stem == "last" else str(path))
-        saved = saved if len(nets) > 1 else state["args"]
+                            f"{size} px; compare checkpoints of one size")
+    if len(set(labels)) < len(labels):
+        labels = [str(p) for p in args.ckpt]
     K = args.ddim_steps or saved["ddim_steps"]
     frm = args.frm_weights or Path(args.ckpt[0]).parent.parent / "frm" / "last.pt"
     reward = build_reward(parse_rewards(args.rewards or saved["rewards"]), device, frm,
                           args.lpips_net, args.lpips_weights)
     lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device) if args.lpips_weights else None
-    lq, gt = held_out(args.data, nets[0].config.size, args.n, device)
+    lq, gt = held_out(args.data, size, args.n, device)
     images = [restore(net, lq, K, args.eta, args.seed) for net in nets]
     rows = {"LQ": measure(lq, gt, reward, lpips)}
     rows |= {label: measure(x, gt, reward, lpips) for label, x in zip(labels, images)}

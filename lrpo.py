@@ -73,9 +73,9 @@ def clipped_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float):
     return loss, ratio
 
 
-def gt_likelihood_loss(mu: Tensor, sigma: Tensor, x_gt: Tensor) -> Tensor:
+def gt_likelihood_loss(log_prob: Tensor) -> Tensor:
     """L_gt = 1 - exp(log pi(x_gt_{t-1} | x_t, LQ) / 40), exponent at most 0: (B,) in [0, 1]."""
-    return 1 - torch.exp((gaussian_log_prob(x_gt, mu, sigma) / GT_TEMPERATURE).clamp(max=0))
+    return 1 - torch.exp((log_prob / GT_TEMPERATURE).clamp(max=0))
 
 
 @dataclass
@@ -90,14 +90,17 @@ class Rollout:
 class LRPO:
     """One `step` = one rollout and `updates` optimiser steps on it.
 
-    gt_weight scales strategy 2, over the last `gt_last` trained steps (0: all of them), with
-    gt_target "marginal" (x_gt noised to level t-1: the paper) or "posterior" (drawn from
-    q(x_{t-1} | x_t, x_gt): ours). pg_weight scales the policy gradient. ValueError for eta <= 0.
+    gt_weight scales strategy 2, over the last `gt_last` trained steps (0: all of them). Its target:
+    gt_target "marginal"  x_gt noised to level t-1 by one q_sample (the paper);
+    gt_target "posterior" q(x_{t-1} | x_t, x_gt), the step that the policy would take if it knew x_gt
+        (ours). The draw is averaged exactly: up to a constant E log pi = -KL(q || pi), which has no
+        noise of its own and is a weighted |x0_hat - x_gt|^2 on the states that the policy visits.
+    pg_weight scales the policy gradient. ValueError for eta <= 0.
     """
 
-    def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, *, lr=2e-5,
-                 K=10, eta=1.0, group=8, updates=4, clip=None, adv_std="group",
-                 noise_weights=True, pg_weight=1.0, gt_weight=1.0, gt_target="marginal", gt_last=0):
+    def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, *, lr=1e-4,
+                 K=10, eta=1.0, group=8, updates=2, clip=None, adv_std="group",
+                 noise_weights=True, pg_weight=1.0, gt_weight=2.0, gt_target="posterior", gt_last=0):
         if eta <= 0:
             raise ValueError("eta must be above 0: without noise a step has no likelihood")
         self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
@@ -106,7 +109,7 @@ class LRPO:
         self.gt_weight, self.gt_target, self.gt_last = gt_weight, gt_target, gt_last
         self.schedule = diffusion.schedule(K)
         self.trained_steps = self.schedule[:-1]     # sigma = 0 at the last: no density there
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
 
     def policy(self, x, lq, t, s, x0=None):
         return self.diffusion.ddim_step(self.net, x, lq, t, s, self.eta, x0)
@@ -131,13 +134,14 @@ class LRPO:
                              for t, s in self.trained_steps])
         return noise_level_weights(sigma) if self.noise_weights else torch.ones_like(sigma)
 
-    def noised_gt(self, rollout: Rollout, x: Tensor, t: int, s: int) -> Tensor:
-        """x_gt_{t-1}, what strategy 2 asks the policy to make likely: (B, 3, H, W)."""
-        z = gaussian(x, self.generator)
+    def gt_log_prob(self, rollout: Rollout, x: Tensor, mu: Tensor, sigma: Tensor, t: int, s: int):
+        """How likely the policy's step N(mu, sigma^2) makes the noised ground truth: (B,)."""
+        z = gaussian(x, self.generator)     # drawn in either case: the target changes nothing else
         if self.gt_target == "marginal":
-            return self.diffusion.q_sample(rollout.gt, torch.full((len(x),), s, device=x.device), z)
-        mu, sigma, _ = self.policy(x, rollout.lq, t, s, x0=rollout.gt)
-        return mu + sigma * z
+            level = torch.full((len(x),), s, device=x.device)
+            return gaussian_log_prob(self.diffusion.q_sample(rollout.gt, level, z), mu, sigma)
+        mu_gt, _, _ = self.policy(x, rollout.lq, t, s, x0=rollout.gt)
+        return -(((mu_gt - mu) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
 
     def step(self, batch) -> dict[str, float]:
         """batch = (lq, gt), each (P, 3, H, W). Returns what happened, as floats."""
@@ -167,7 +171,7 @@ class LRPO:
             log_prob = gaussian_log_prob(action, mu, sigma)                     # (B,)
             A = (advantage * weights[k]).clamp(-ADV_CLIP, ADV_CLIP)             # (B,)
             pg, ratio = clipped_loss(log_prob, rollout.log_probs[k], A, clip)
-            gt = gt_likelihood_loss(mu, sigma, self.noised_gt(rollout, x, t, s))
+            gt = gt_likelihood_loss(self.gt_log_prob(rollout, x, mu, sigma, t, s))
             loss = self.pg_weight * pg.mean() + self.gt_weight * (k >= gt_from) * gt.mean()
             (loss / n).backward()
             ratios.append(ratio.detach())

@@ -33,6 +33,7 @@ class Config:
     attention: int = 1              # how many of the lowest levels attend
     patch: int = 2                  # pixel-unshuffle stem: 2 quarters the cost; 1 is the plain UNet
     prediction: str = "v"           # what the network predicts: "v" or "eps"
+    prior: float = 0.15             # see Diffusion.guess; 0 leaves the network on its own
     timesteps: int = 1000           # T (DDPM)
 
     def __post_init__(self):
@@ -166,7 +167,7 @@ class Diffusion:
     def __init__(self, config: Config, device="cpu"):
         beta = torch.linspace(BETA_FIRST, BETA_LAST, config.timesteps, dtype=torch.float64)
         self.abar = torch.cumprod(1 - beta, dim=0).float().to(device)   # (T,)
-        self.T, self.prediction = config.timesteps, config.prediction
+        self.T, self.prediction, self.prior = config.timesteps, config.prediction, config.prior
 
     def abar_at(self, t: Tensor, like: Tensor) -> Tensor:
         """abar_t as (B, 1, 1, 1) in the dtype of `like`; 1 where t = -1, the clean image."""
@@ -177,13 +178,32 @@ class Diffusion:
         a = self.abar_at(t, x0)
         return a.sqrt() * x0 + (1 - a).sqrt() * z
 
+    def guess(self, x: Tensor, lq: Tensor, t: Tensor) -> Tensor:
+        """v (or eps) of a restorer that knows only x_0 ~ N(LQ, prior^2 I): (B, 3, H, W).
+
+        The network learns what is missing from this guess, as in EDM (Karras et al. 2022, table 1),
+        whose prior is N(0, sigma_data^2 I); the LQ image is a far better mean. prior = 0.15 is the
+        measured rms of GT - LQ. On drawn faces it is worth 2.8 dB after two minutes of SFT.
+        """
+        a = self.abar_at(t, x)
+        k = self.prior ** 2 / (self.prior ** 2 + (1 - a) / a)   # how far to trust x_t over LQ
+        x0 = lq + k * (x / a.sqrt() - lq)
+        eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
+        return eps if self.prediction == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x0
+
+    def predict(self, net, x: Tensor, lq: Tensor, t: Tensor) -> Tensor:
+        """v (or eps), as the network and the guess together say: (B, 3, H, W)."""
+        out = net(x, lq, t)
+        return out + self.guess(x, lq, t) if self.prior else out
+
     def loss(self, net, lq: Tensor, gt: Tensor, generator: torch.Generator) -> Tensor:
         """The supervised loss: mean squared error of v (or eps) at a uniform t. Returns (B,)."""
         t = torch.randint(self.T, (len(gt),), generator=generator).to(gt.device)
         z = gaussian(gt, generator)
         a = self.abar_at(t, gt)
         target = z if self.prediction == "eps" else a.sqrt() * z - (1 - a).sqrt() * gt
-        return (net(self.q_sample(gt, t, z), lq, t) - target).square().mean(dim=(1, 2, 3))
+        out = self.predict(net, self.q_sample(gt, t, z), lq, t)
+        return (out - target).square().mean(dim=(1, 2, 3))
 
     def schedule(self, K: int) -> list[tuple[int, int]]:
         """K pairs (t, s), noisiest first, evenly spaced and ending at s = -1. 1 <= K <= T."""
@@ -204,10 +224,10 @@ class Diffusion:
         if x0 is not None:
             x0_hat, eps = x0, (x - a.sqrt() * x0) / (1 - a).sqrt()
         elif self.prediction == "eps":
-            eps = net(x, lq, t)
+            eps = self.predict(net, x, lq, t)
             x0_hat = (x - (1 - a).sqrt() * eps) / a.sqrt()
         else:
-            v = net(x, lq, t)
+            v = self.predict(net, x, lq, t)
             x0_hat = a.sqrt() * x - (1 - a).sqrt() * v
             eps = a.sqrt() * v + (1 - a).sqrt() * x
         sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()

@@ -168,7 +168,7 @@ class FaceRewardTraining:
     def __init__(self, model: FaceRewardModel, generator: torch.Generator, restored: Tensor,
                  photos: Tensor, lr=1e-3):
         self.net, self.generator, self.restored, self.photos = model, generator, restored, photos
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
 
     def pairs(self, lq: Tensor, gt: Tensor):
         """Three kinds of (better, worse), each (B, 3, H, W)."""

@@ -32,22 +32,22 @@ from rewards import (OFFLINE, FaceRewardModel, FaceRewardTraining, build_reward,
 # ours, chosen by measurement (docs/results.md) for the time that the README promises.
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
-        size=32, channels=32, mults="1,2,4", patch=2, faces=8192,
-        steps=dict(sft=2000, frm=200, lrpo=40), batch_size=dict(sft=32, frm=32, lrpo=8),
-        lr=dict(sft=5e-4, frm=1e-3, lrpo=2e-5), every=dict(sft=500, frm=100, lrpo=10),
+        size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
+        steps=dict(sft=2000, frm=100, lrpo=70), batch_size=dict(sft=16, frm=32, lrpo=4),
+        lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4), every=dict(sft=500, frm=50, lrpo=10),
         ddim_steps=10, group=8, rewards=OFFLINE, bf16="off"),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
-        steps=dict(sft=20_000, frm=1000, lrpo=300), batch_size=dict(sft=64, frm=64, lrpo=16),
-        lr=dict(sft=3e-4, frm=1e-3, lrpo=2e-5), every=dict(sft=1000, frm=100, lrpo=20),
+        steps=dict(sft=20_000, frm=500, lrpo=200), batch_size=dict(sft=64, frm=64, lrpo=16),
+        lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4), every=dict(sft=1000, frm=100, lrpo=10),
         ddim_steps=10, group=8, rewards="face=.3,lpips=.3,dwt=.3,ssim=.1", bf16="on"),
     "base": dict(       # 128 px, the paper's K and G, one GPU, hours
         size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000,
-        steps=dict(sft=200_000, frm=3000, lrpo=2000), batch_size=dict(sft=32, frm=32, lrpo=4),
-        lr=dict(sft=2e-4, frm=1e-3, lrpo=1e-5), every=dict(sft=5000, frm=500, lrpo=50),
+        steps=dict(sft=200_000, frm=2000, lrpo=1000), batch_size=dict(sft=32, frm=32, lrpo=4),
+        lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5), every=dict(sft=5000, frm=500, lrpo=50),
         ddim_steps=50, group=9, rewards="face=.3,lpips=.3,dwt=.3,ssim=.1", bf16="on"),
 }
-EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.9)     # ours: RL takes tens of steps, not thousands
+EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.95)    # ours: RL takes tens of steps, not thousands
 WARMUP = dict(sft=100, frm=20, lrpo=2)              # steps of linear learning-rate warm-up (ours)
 VALIDATION = 64         # held-out images measured during training
 RESTORED_PAIRS = 512    # restorations that the face reward model learns from
@@ -59,7 +59,7 @@ class SFT:
 
     def __init__(self, net, diffusion, generator, lr):
         self.net, self.diffusion, self.generator = net, diffusion, generator
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
 
     def step(self, batch):
         loss = self.diffusion.loss(self.net, *batch, self.generator).mean()
@@ -135,11 +135,11 @@ def train(args) -> float:
                         "starts anew")
     torch.manual_seed(args.seed)            # the weights' first values; all else is `generator`'s
     generator = torch.Generator().manual_seed(args.seed)
-    photos = (Photos.from_folder(args.data, args.size, "train") if args.data
-              else Photos.drawn(args.faces, args.seed, args.size, "train"))
     try:
+        photos = (Photos.from_folder(args.data, args.size, "train") if args.data
+                  else Photos.drawn(args.faces, args.seed, args.size, "train"))
         method, validate = build(args, device, generator, photos)
-    except ValueError as error:         # a network, a schedule or a method that cannot be had
+    except ValueError as error:         # a face, a network or a method that cannot be had
         raise UserError(f"--preset {args.preset} with these flags: {error}") from None
     ema, start, best = EMA(method.net, EMA_DECAY[args.mode]), 0, -float("inf")
     if saved:
@@ -321,13 +321,13 @@ def parser() -> argparse.ArgumentParser:
     flag("--ddim_steps", type=int, help="K, sampling steps")
     flag("--eta", type=float, default=1.0, help="DDIM noise of the rollouts (1: LRPO)")
     flag("--group", type=int, help="G, restorations of one image")
-    flag("--updates", type=int, default=4, help="optimiser steps on a rollout")
+    flag("--updates", type=int, default=2, help="optimiser steps on a rollout")
     flag("--clip", type=float, help="of the ratio (default 1.64 / D)")
     flag("--adv_std", default="group", choices=["group", "batch"], help="spread in the advantage")
     flag("--noise_level_weights", default="on", choices=["on", "off"], help="LRPO strategy 3")
     flag("--pg_weight", type=float, default=1.0, help="weight of the policy gradient")
-    flag("--gt_weight", type=float, default=1.0, help="weight of LRPO strategy 2 (0: off)")
-    flag("--gt_target", default="marginal", choices=["marginal", "posterior"])
+    flag("--gt_weight", type=float, default=2.0, help="weight of LRPO strategy 2 (0: off)")
+    flag("--gt_target", default="posterior", choices=["marginal", "posterior"])
     flag("--gt_last", type=int, default=0, help="strategy 2 on the last n trained steps (0: all)")
     return p
 

@@ -17,7 +17,7 @@ def noise(seed, *shape):
 @pytest.mark.parametrize("prediction, theirs", [("v", "v_prediction"), ("eps", "epsilon")])
 @pytest.mark.parametrize("eta", [0.0, 0.8, 1.0])
 def test_ddim_step_equals_diffusers(prediction, theirs, eta):
-    d = Diffusion(Config(prediction=prediction))
+    d = Diffusion(Config(prediction=prediction, prior=0))
     judge = DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False, set_alpha_to_one=True,
                           prediction_type=theirs, timestep_spacing="trailing")
     judge.set_timesteps(10)
@@ -60,7 +60,7 @@ def test_q_sample_moments():
 
 @pytest.mark.parametrize("prediction", ["v", "eps"])
 def test_a_perfect_network_has_no_loss_and_restores_exactly(prediction):
-    d, gt = Diffusion(Config(prediction=prediction)), noise(0, 4, 3, 8, 8).clamp(-1, 1)
+    d, gt = Diffusion(Config(prediction=prediction, prior=0)), noise(0, 4, 3, 8, 8).clamp(-1, 1)
 
     def oracle(x, lq, t):
         a = d.abar[t].view(-1, 1, 1, 1)
@@ -70,6 +70,20 @@ def test_a_perfect_network_has_no_loss_and_restores_exactly(prediction):
     assert d.loss(oracle, gt, gt, g).max() < 1e-4
     for eta in (0.0, 1.0):
         assert (d.sample(oracle, gt, 7, eta, g) - gt).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps"])
+def test_the_guess_is_the_posterior_mean_of_a_gaussian_prior(prediction):
+    """x_0 ~ N(LQ, .15^2), x_t = sqrt(a) x_0 + sqrt(1 - a) z: regress x_0 on x_t by least squares."""
+    d, n, lq = Diffusion(Config(prediction=prediction)), 200_000, 0.4
+    x0 = lq + 0.15 * noise(0, n, 1, 1, 1)
+    silent = lambda x, lq, t: torch.zeros_like(x)       # the guess is all there is
+    for t in (50, 200):
+        x = d.q_sample(x0, torch.full((n,), t), noise(1, n, 1, 1, 1))
+        _, _, x0_hat = d.ddim_step(silent, x, torch.full_like(x, lq), t, -1, 0.0)
+        A = torch.stack([x.flatten(), torch.ones(n)], dim=1).double()
+        fit = A @ torch.linalg.lstsq(A, x0.flatten().double()[:, None]).solution
+        assert (fit.flatten() - x0_hat.flatten()).abs().max() < 0.01
 
 
 def test_sampling_any_K_and_the_seed_decides():
