@@ -4,27 +4,37 @@
 
 Every row restores the same LQ images from the same noise with the same sampler. PSNR and SSIM are
 over RGB at the images' own size, data range 1; SSIM is rewards.py's (Wang's window and constants,
-equal to scikit-image's, see the tests). Higher is better in every column but LPIPS. "±" is the standard
-error over the images of the difference to the first checkpoint's row, image by image.
+equal to scikit-image's, see the tests). Higher is better in every column but lpips. "±" is the
+standard error over the images of the difference to the first checkpoint's row, image by image.
 """
 import argparse
+import csv
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from data import Photos, UserError, pairs, sheet
 from model import Diffusion, load_restorer, pick_device
 from rewards import LPIPS, build_reward, parse_rewards, psnr, ssim
 
 EVAL_ETA = 0.8          # LRPO's code samples with 0.8 and trains with 1.0
-HELD_OUT_SEED = 0       # the held-out degradations are the same for every run
+HELD_OUT_SEED = 2 ** 32 - 1     # one set of held-out degradations, of a seed that no run has
 BATCH = 100             # images restored at a time
 
 
+def positive(text: str) -> int:
+    """An argparse type."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def held_out(data, size: int, n: int, device):
-    """The first n held-out pairs (lq, gt), each (n, 3, size, size), of a folder or of drawn faces."""
+    """The first n held-out pairs (lq, gt) of a folder or of drawn faces: (n, 3, size, size)."""
     photos = (Photos.from_folder(data, size, "heldout", n) if data
               else Photos.drawn(n, 0, size, "heldout"))
     lq, gt = pairs(photos, range(len(photos)), HELD_OUT_SEED, epoch=0)
@@ -51,7 +61,7 @@ def restore(net, lq, K: int, eta: float, seed: int):
 
 
 def table(rows: dict[str, dict]) -> str:
-    """A markdown table of per-image figures; rows[1] is the one that the others are held against."""
+    """A markdown table of per-image figures; the others are held against the second row."""
     names = list(next(iter(rows.values())))
     base = list(rows.values())[1]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
@@ -81,8 +91,11 @@ def compare(args) -> dict:
     frm = args.frm_weights or Path(args.ckpt[0]).parent.parent / "frm" / "last.pt"
     reward = build_reward(parse_rewards(args.rewards or saved["rewards"]), device, frm,
                           args.lpips_net, args.lpips_weights)
-    lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device) if args.lpips_weights else None
-    lq, gt = held_out(args.data, size, args.n, device)
+    lpips = reward.terms.get("lpips")
+    if args.lpips_weights and lpips is None:
+        lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
+    data = args.data or saved["data"]
+    lq, gt = held_out(data, size, args.n, device)
     images = [restore(net, lq, K, args.eta, args.seed) for net in nets]
     rows = {"LQ": measure(lq, gt, reward, lpips)}
     rows |= {label: measure(x, gt, reward, lpips) for label, x in zip(labels, images)}
@@ -90,32 +103,69 @@ def compare(args) -> dict:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     means = {label: {k: v.mean().item() for k, v in row.items()} for label, row in rows.items()}
-    facts = {"data": args.data or "drawn faces", "images": len(gt), "size": gt.shape[-1], "K": K,
-             "eta": args.eta, "seed": args.seed, "rewards": reward.weights}
+    facts = {"ckpt": dict(zip(labels, map(str, args.ckpt))), "data": data or "drawn faces",
+             "images": len(gt), "size": size, "K": K,
+             "eta": args.eta, "seed": args.seed, "rewards": reward.weights,
+             "psnr, ssim": "RGB, data range 1, nanoLRPO's own; SSIM with Wang's window, no padding"}
     (out / "metrics.json").write_text(json.dumps(facts | {"rows": means}, indent=1) + "\n")
     sheet([u[:8] for u in [lq, *images, gt]], scale=max(1, 96 // gt.shape[-1])).save(
         out / "comparison.png")
-    print(f"{len(gt)} held-out images of {gt.shape[-1]} px, K = {K}, eta = {args.eta}, seed "
-          f"{args.seed}; reward = {' + '.join(f'{w:g} {n}' for n, w in reward.weights.items())}")
+    formula = " + ".join(f"{w:g} {name}" for name, w in reward.weights.items())
+    print(f"{len(gt)} held-out images ({facts['data']}) of {size} px, K = {K}, eta = {args.eta}, "
+          f"seed {args.seed}; reward = {formula}")
     print(table(rows))
     print(f"{out}/comparison.png: LQ | {' | '.join(labels)} | ground truth")
     return means
 
 
+class Log:
+    """metrics.csv: one line a step, written with each checkpoint, so that the two agree."""
+
+    def __init__(self, path: Path, start: float = math.inf):
+        """Reads back the rows up to step `start` of a run that goes on; none at start = 0."""
+        self.path, self.rows = path, []
+        if start and path.exists():
+            with open(path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+
+    def write(self):
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def curves(self, path: Path):
+        """Every column against the step, in small panels."""
+        names = list(dict.fromkeys(n for row in self.rows for n in row))[2:]    # after the clocks
+        lines = -(-len(names) // 4)
+        fig = Figure(figsize=(14, 2.4 * lines))
+        axes = fig.subplots(lines, 4, squeeze=False)
+        for ax, name in zip(axes.flat, names):
+            rows = [row for row in self.rows if row.get(name) not in (None, "")]
+            points = [(int(row["step"]), float(row[name])) for row in rows]
+            ax.plot(*zip(*points), marker="." if len(points) < 30 else "")
+            ax.set_title(name, fontsize=9)
+        for ax in list(axes.flat)[len(names):]:
+            ax.axis("off")
+        fig.tight_layout()
+        fig.savefig(path, dpi=70)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Compare checkpoints on held-out faces.")
     p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints, the baseline first")
-    p.add_argument("--data", help="folder of photos; its held-out files are used (default: drawn faces)")
-    p.add_argument("--n", type=int, default=200, help="how many held-out images (default 200)")
-    p.add_argument("--rewards", help="name=weight,... (default: what the first checkpoint was run with)")
+    p.add_argument("--data", help="folder of photos with held-out files (default: as trained)")
+    p.add_argument("--n", type=positive, default=200, help="how many held-out images (default 200)")
+    p.add_argument("--rewards", help="name=weight,... (default: as the first checkpoint)")
     p.add_argument("--frm_weights", help="face reward model (default: frm/last.pt beside the run)")
     p.add_argument("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
     p.add_argument("--lpips_weights", help="backbone file; with it the table has an LPIPS column")
-    p.add_argument("--ddim_steps", type=int, help="K (default: as in training)")
+    p.add_argument("--ddim_steps", type=positive, help="K (default: as in training)")
     p.add_argument("--eta", type=float, default=EVAL_ETA, help=f"DDIM noise (default {EVAL_ETA})")
     p.add_argument("--seed", type=int, default=0, help="of the sampler's noise")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    p.add_argument("--out", default="runs/evaluation", help="folder for metrics.json, comparison.png")
+    p.add_argument("--out", default="runs/evaluation", help="for metrics.json, comparison.png")
     return p
 
 

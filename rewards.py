@@ -4,17 +4,18 @@ Papers   SSIM (Wang et al. 2004). LPIPS (Zhang et al. 2018), through its authors
          composite reward, strategy 1 (Wu et al. 2025, arXiv 2509.23339). The Face Reward Model and
          its pair loss (DiffusionReward, Wu et al. 2025, arXiv 2505.17910).
 Departs  The Face Reward Model is a small network without text, trained here in a minute on pairs
-         whose order is known. The low-pass term stands in for the dual-tree wavelet band, see there.
+         whose order is known. A low-pass of ours stands in for the dual-tree wavelet band.
          Every term sees the image clamped to [-1, 1]; the published code scores LPIPS unclamped.
 
 Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,), higher better:
 
     name   range    ground truth  gradient  what it is
     ssim   [-1, 1]  yes           yes       structural similarity, mean over RGB
-    dwt    (0, 1]   yes           yes       low-pass fidelity: right colours and layout, blind to detail
+    dwt    (0, 1]   yes           yes       low-pass fidelity: colours and layout, blind to detail
     lpips  (-inf,1] yes           yes       1 - LPIPS: the distance of deep features
-    face   (0, 1)   no            yes       Face Reward Model: does this look like a clean face photo?
+    face   (0, 1)   no            yes       Face Reward Model: does it look like a clean photo?
 """
+import math
 import warnings
 from urllib.error import URLError
 
@@ -36,7 +37,7 @@ SSIM_C1, SSIM_C2 = 0.01 ** 2, 0.03 ** 2     # the same, for a data range of 1
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity, Gaussian window, no padding, mean over RGB: (B,) in [-1, 1].
 
-    At least 11 pixels a side. scikit-image's with gaussian_weights=True, use_sample_covariance=False.
+    At least 11 px a side. scikit-image's with gaussian_weights and without sample covariance.
     """
     x, y = (x + 1) / 2, (y + 1) / 2                                     # to [0, 1]
     d = torch.arange(SSIM_TAPS, device=x.device, dtype=x.dtype) - SSIM_TAPS // 2
@@ -60,8 +61,8 @@ DWT_SHARPNESS = 60.0    # LRPO's code: exp(-15 L1) of a band whose DC gain is 4;
 def low_pass(x: Tensor) -> Tensor:
     """Unit-gain low-pass standing in for the level-3 dual-tree band (ours): (B, 3, H/4-1, W/4-1).
 
-    That band keeps the lowest eighth of the spectrum and is sampled every 4 pixels; so does an 8 x 8
-    mean taken every 4 pixels. The reference wavelet code is for research only, so it is not used.
+    That band keeps the lowest eighth of the spectrum, sampled every 4 pixels; so does an 8 x 8
+    mean taken every 4 pixels. The reference wavelet code is for research only: not used.
     """
     return F.avg_pool2d(x, kernel_size=8, stride=4)
 
@@ -72,11 +73,11 @@ def dwt(x: Tensor, y: Tensor) -> Tensor:
     return torch.exp(-DWT_SHARPNESS * delta)
 
 
-LPIPS_MIN_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}     # measured: below it a pool has no output
+LPIPS_MIN_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}     # below: a pool has no output
 
 
 class LPIPS(nn.Module):
-    """1 - LPIPS, through the `lpips` package. Its linear layers ship with it; its backbone does not.
+    """1 - LPIPS, through the `lpips` package, which has its linear layers but not its backbone.
 
     `weights`: a file of the ImageNet backbone's features. Without it torchvision fetches one.
     """
@@ -90,8 +91,8 @@ class LPIPS(nn.Module):
             try:
                 self.lpips = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
             except (URLError, OSError):
-                raise UserError(f"LPIPS: its {net} backbone could not be fetched; give the file with "
-                                f"--lpips_weights FILE, or use --rewards {OFFLINE}") from None
+                raise UserError(f"LPIPS: its {net} backbone could not be fetched; give the file "
+                                f"with --lpips_weights FILE, or use --rewards {OFFLINE}") from None
         if weights is not None:
             load_backbone(self.lpips.net, weights, net)
         self.eval().requires_grad_(False)
@@ -101,16 +102,16 @@ class LPIPS(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if min(x.shape[-2:]) < self.min_side:
-            raise UserError(f"--rewards lpips: this backbone needs images of {self.min_side} px or more")
+            raise UserError(f"LPIPS: this backbone needs images of {self.min_side} px or more")
         return 1 - self.lpips(x, y).flatten()                           # (B, 1, 1, 1) -> (B,)
 
 
 def load_backbone(net: nn.Module, path: str, name: str):
     """Copy a file's tensors into a backbone in order: torchvision's names differ from lpips'."""
-    source = load_tensors(path, "--lpips_weights")
-    source = [v for k, v in source.items() if not k.startswith("classifier")]
-    target = list(net.state_dict().values())
-    if [v.shape for v in source] != [v.shape for v in target]:
+    source, target = load_tensors(path, "--lpips_weights"), list(net.state_dict().values())
+    if isinstance(source, dict):
+        source = [v for k, v in source.items() if not k.startswith("classifier")]
+    if [getattr(v, "shape", None) for v in source] != [v.shape for v in target]:
         raise UserError(f"--lpips_weights {path}: these are not the features of {name}; "
                         "--lpips_net says which backbone is meant")
     for mine, theirs in zip(target, source):
@@ -148,9 +149,9 @@ class FaceRewardModel(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, scores: Tensor):
-        """Keep a running mean and spread of the scores (ours: over some twenty batches)."""
-        self.mean.lerp_(scores.mean(), 0.05)
-        self.std.lerp_(scores.std(), 0.05)
+        """Keep a running mean and spread of the scores, over some twenty batches (ours)."""
+        self.mean.lerp_(scores.mean(), 1 / 20)
+        self.std.lerp_(scores.std(), 1 / 20)
 
 
 def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
@@ -202,7 +203,8 @@ def graded(gt: Tensor, rng) -> tuple[Tensor, Tensor]:
 # The composite
 
 OFFLINE = "ssim=.4,dwt=.3,face=.3"      # ours: what needs no download
-NEEDS = {"ssim": 11, "dwt": 8, "lpips": 16, "face": 16}     # smallest side, in pixels
+TERMS = ("ssim", "dwt", "lpips", "face")
+MIN_SIDE = 16       # the Face Reward Model halves the side four times; SSIM needs 11, dwt 8
 
 
 def parse_rewards(text: str) -> dict[str, float]:
@@ -210,10 +212,12 @@ def parse_rewards(text: str) -> dict[str, float]:
     weights = {}
     for item in text.split(","):
         name, _, weight = item.strip().partition("=")
-        if name not in NEEDS:
-            raise UserError(f"--rewards: no reward is called {name!r}; there are {', '.join(NEEDS)}")
+        if name not in TERMS:
+            raise UserError(f"--rewards: {name!r} is no reward; there are {', '.join(TERMS)}")
         try:
             weights[name] = float(weight)
+            if not math.isfinite(weights[name]):
+                raise ValueError
         except ValueError:
             raise UserError(f"--rewards {item}: write name=weight, as in ssim=.4,dwt=.6") from None
     return weights
@@ -232,6 +236,8 @@ class CompositeReward:
 
     def __call__(self, x: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Total (B,) and each part (B,), unweighted, float32. Gradient flows through every term."""
+        if min(x.shape[-2:]) < MIN_SIDE:
+            raise UserError(f"the rewards need images of {MIN_SIDE} px or more")
         x = x.float().clamp(-1, 1)
         parts = {name: term(x, gt) for name, term in self.terms.items()}
         return sum(w * parts[name] for name, w in self.weights.items()), parts
@@ -239,7 +245,8 @@ class CompositeReward:
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio over RGB, in dB, of images in [-1, 1] (B, 3, H, W): (B,)."""
-    return -10 * torch.log10(((x - y) / 2).square().mean(dim=(1, 2, 3)) + 1e-10)
+    mse = ((x - y) / 2).square().mean(dim=(1, 2, 3))
+    return -10 * torch.log10(mse.clamp(min=1e-10))      # at most 100 dB, for identical images
 
 
 def build_reward(weights: dict[str, float], device, frm_weights=None, lpips_net="squeeze",
@@ -250,8 +257,9 @@ def build_reward(weights: dict[str, float], device, frm_weights=None, lpips_net=
         face = FaceRewardModel()
         state = load_tensors(frm_weights, "--frm_weights")
         if not isinstance(state, dict) or state.get("mode") != "frm":
-            raise UserError(f"--frm_weights {frm_weights}: not a checkpoint of --mode frm")
-        face.load_state_dict(state["model"])
+            raise UserError(f"--frm_weights {frm_weights}: not a checkpoint of --mode frm; without "
+                            "one use --rewards ssim=.5,dwt=.5")
+        face.load_state_dict(state["ema"])
         face = face.to(device).eval().requires_grad_(False)
     if "lpips" in weights:
         lpips = LPIPS(lpips_net, lpips_weights).to(device)

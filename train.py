@@ -6,12 +6,12 @@
     python train.py --mode sft --preset small --data path/to/faces
 
 A mode's run folder is --out (default runs/MODE); what it starts from is looked for beside it: with
---out X/lrpo, X/sft/last.pt and X/frm/last.pt. A method is a class with step(batch) -> dict of floats
-that owns its optimiser steps; this file owns data, device, checkpoints, log, pictures and stopping.
+--out X/lrpo, X/sft/last.pt and X/frm/last.pt. A method is a class with step(batch) -> floats that
+owns its optimiser steps; this file owns data, device, checkpoints, log, pictures and stopping.
 """
 import argparse
-import csv
 import json
+import math
 import shutil
 import sys
 import time
@@ -22,14 +22,15 @@ from tqdm import tqdm
 
 import evaluate
 from data import Photos, UserError, sheet, train_batch
+from evaluate import Log, positive
 from lrpo import LRPO
-from model import (EMA, Config, Diffusion, UNet, load_restorer, load_tensors, pick_device,
+from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensors, pick_device,
                    save_checkpoint)
-from rewards import (OFFLINE, FaceRewardModel, FaceRewardTraining, build_reward, parse_rewards, psnr,
-                     ssim)
+from rewards import (LPIPS, OFFLINE, FaceRewardModel, FaceRewardTraining, build_reward,
+                     parse_rewards)
 
-# A value is one for every mode, or one for each. Sources: "LRPO" is its published code; the rest is
-# ours, chosen by measurement (docs/results.md) for the time that the README promises.
+# A value is one for every mode, or one for each. K = 50 and G = 9 of `base` are LRPO's code; the
+# rest is ours: `tiny` by measurement (docs/results.md), the larger ones by extrapolation from it.
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
         size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
@@ -47,42 +48,31 @@ PRESETS = {
         lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5), every=dict(sft=5000, frm=500, lrpo=50),
         ddim_steps=50, group=9, rewards="face=.3,lpips=.3,dwt=.3,ssim=.1", bf16="on"),
 }
-EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.95)    # ours: RL takes tens of steps, not thousands
+EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.95)    # ours; EMA's warm-up keeps short runs below
 WARMUP = dict(sft=100, frm=20, lrpo=2)              # steps of linear learning-rate warm-up (ours)
 VALIDATION = 64         # held-out images measured during training
 RESTORED_PAIRS = 512    # restorations that the face reward model learns from
 REWARDED_WITHOUT_FRM = "ssim=.5,dwt=.5"     # what sft's best.pt is chosen by: no frm exists yet
 
 
-class SFT:
-    """Supervised training: the mean squared error of v at a random noise level."""
-
-    def __init__(self, net, diffusion, generator, lr):
-        self.net, self.diffusion, self.generator = net, diffusion, generator
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
-
-    def step(self, batch):
-        loss = self.diffusion.loss(self.net, *batch, self.generator).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
-        return {"loss": loss.item(), "grad_norm": grad_norm.item()}
-
-
 # ---------------------------------------------------------------------------------------------
 # What a mode needs
 
 def build(args, device, generator, photos):
-    """The method, and validate() -> (figures, pictures or None), for args.mode."""
+    """The method, and validate(averaged net) -> (figures, picture or None), for args.mode."""
     beside = Path(args.out).parent
     init = args.init or (None if args.mode == "sft" else beside / "sft" / "last.pt")
     if init is None:
-        net = UNet(Config(args.size, args.channels, map(int, args.mults.split(",")), patch=args.patch))
+        mults = tuple(int(m) for m in args.mults.split(","))
+        net = UNet(Config(args.size, args.channels, mults, patch=args.patch))
     else:
         net, state = load_restorer(init, device, "--init")
         if net.config.size != args.size:
-            raise UserError(f"--init {init}: made for {net.config.size} px, but --size is {args.size}")
+            raise UserError(f"--init {init}: made for {net.config.size} px, not --size {args.size}")
+        if state["args"]["data"] and not args.data:
+            raise UserError(f"--init {init}: trained on {state['args']['data']}; give its --data")
+        args.channels, args.patch = net.config.channels, net.config.patch   # for args.json
+        args.mults = ",".join(map(str, net.config.mults))
         net.train().requires_grad_(True)
     net = net.to(device)
     net.bf16 = args.bf16 == "on"
@@ -110,29 +100,29 @@ def build(args, device, generator, photos):
     if args.mode == "sft":
         method = SFT(net, diffusion, generator, args.lr)
     else:
-        method = LRPO(net, diffusion, reward, generator, lr=args.lr, K=args.ddim_steps, eta=args.eta,
-                      group=args.group, updates=args.updates, clip=args.clip, adv_std=args.adv_std,
-                      noise_weights=args.noise_level_weights == "on", pg_weight=args.pg_weight,
-                      gt_weight=args.gt_weight, gt_target=args.gt_target, gt_last=args.gt_last)
+        method = LRPO(net, diffusion, reward, generator, lr=args.lr, K=args.ddim_steps,
+                      eta=args.eta, group=args.group, updates=args.updates, clip=args.clip,
+                      adv_std=args.adv_std, noise_weights=args.noise_level_weights == "on",
+                      pg_weight=args.pg_weight, gt_weight=args.gt_weight,
+                      gt_target=args.gt_target, gt_last=args.gt_last)
 
     def validate(averaged):
         x = evaluate.restore(averaged, lq, args.ddim_steps, evaluate.EVAL_ETA, seed=0)
         figures = {name: v.mean().item() for name, v in evaluate.measure(x, gt, reward).items()}
-        return {f"heldout_{name}": v for name, v in figures.items()}, sheet([lq[:8], x[:8], gt[:8]], 2)
+        picture = sheet([lq[:8], x[:8], gt[:8]], scale=2)
+        return {f"heldout_{name}": v for name, v in figures.items()}, picture
     return method, validate
 
 
 # ---------------------------------------------------------------------------------------------
 # The loop
 
-def train(args) -> float:
-    """Run one mode to its end. Returns the seconds spent in training steps alone."""
+def train(args):
+    """Run one mode to its end."""
+    check(args)
     out, device = Path(args.out), pick_device(args.device)
     last = out / "last.pt"
     saved = load_tensors(last, "--resume") if args.resume else None
-    if last.exists() and not args.resume and not args.overwrite:
-        raise UserError(f"--out {out}: holds a run already; --resume goes on with it, --overwrite "
-                        "starts anew")
     torch.manual_seed(args.seed)            # the weights' first values; all else is `generator`'s
     generator = torch.Generator().manual_seed(args.seed)
     try:
@@ -144,12 +134,18 @@ def train(args) -> float:
     ema, start, best = EMA(method.net, EMA_DECAY[args.mode]), 0, -float("inf")
     if saved:
         start, best = restore_run(saved, args, method, ema, generator)
+    figures, _ = validate(ema.net)      # before the first step, and before anything is written
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    for old in () if saved else (*out.glob("*.pt"), *out.glob("samples_*.png")):
+        old.unlink()                    # --overwrite: nothing of the old run may look like the new
     log = Log(out / "metrics.csv", start)
+    if not saved:
+        log.rows.append({"step": 0, "seconds": 0.0, **figures})
     print(plan(args, method.net, len(photos), start))
-    spent, clock = 0.0, time.perf_counter()
+    before = spent = float(log.rows[-1]["seconds"])
+    clock = time.perf_counter()
     bar = tqdm(range(start, args.steps), args.mode, args.steps, initial=start, disable=None)
     for step in bar:
         for group in method.optimizer.param_groups:
@@ -159,7 +155,10 @@ def train(args) -> float:
         ema.update(method.net)
         done = step + 1
         spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
-        stop = done == args.steps or (args.minutes and spent > 60 * args.minutes)
+        if not all(math.isfinite(value) for value in stats.values()):
+            raise UserError(f"--lr {args.lr}: step {done} gave a number that is not finite; {last} "
+                            "holds the last good state, from which a lower --lr may go further")
+        stop = done == args.steps or (args.minutes and spent - before > 60 * args.minutes)
         figures = {}
         if done % args.every == 0 or stop:
             figures, picture = validate(ema.net)
@@ -175,41 +174,62 @@ def train(args) -> float:
         log.rows.append({"step": done, "seconds": spent, **stats})
         if figures:
             log.write()
-            curves(log, out / "curves.png")
+            log.curves(out / "curves.png")
         bar.set_postfix({k: f"{v:.3g}" for k, v in list(stats.items())[:1]})
         clock = time.perf_counter()         # measuring and saving are not training time
         if stop:
             break
     print(f"{args.mode}: {done} steps, {spent:.0f} s of training; "
           + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-    return spent
+
+
+def check(args):
+    """Refuse what cannot work before any work is done and any file written."""
+    last = Path(args.out) / "last.pt"
+    if args.resume and not last.exists():
+        raise UserError(f"--resume: there is no {last} to go on from")
+    if last.exists() and not args.resume and not args.overwrite:
+        raise UserError(f"--out {args.out}: holds a run already; --resume goes on with it, "
+                        "--overwrite starts anew")
+    terms = parse_rewards(args.rewards)
+    if args.mode == "lrpo":
+        if args.eta <= 0:
+            raise UserError("--eta must be above 0 in lrpo: without noise a step has no likelihood")
+        if args.group < 2 or args.ddim_steps < 2:
+            raise UserError("--group and --ddim_steps must be 2 or more in lrpo: an advantage "
+                            "compares a group, and the last step has no density")
+        if "lpips" in terms:
+            LPIPS(args.lpips_net, args.lpips_weights)
 
 
 def plan(args, net, photos: int, start: int) -> str:
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    text = (f"{args.mode}: {photos:,} training photos of {args.size} px, {size:.2f} M parameters, steps "
-            f"{start} to {args.steps} of {args.batch_size} images")
+    text = (f"{args.mode}: {photos:,} training photos of {args.size} px, {size:.2f} M parameters, "
+            f"steps {start} to {args.steps} of {args.batch_size} images")
     if args.mode == "lrpo":
-        text += (f" x {args.group} restorations of {args.ddim_steps} DDIM steps, {args.updates} updates "
-                 f"a rollout; rewards {args.rewards}")
-    return text + (f"; at most {args.minutes:g} minutes" if args.minutes else "") + f"; to {args.out}"
+        text += (f" x {args.group} restorations of {args.ddim_steps} DDIM steps, {args.updates} "
+                 f"updates a rollout; rewards {args.rewards}")
+    text += f"; at most {args.minutes:.2g} minutes" if args.minutes else ""
+    return f"{text}; to {args.out}"
 
 
 def run_state(args, method, ema, generator, step: int, best: float) -> dict:
     """A checkpoint. The data position is `step`; config and ema are all that restoring needs."""
     config = vars(method.net.config) if args.mode != "frm" else {}
     weights = ema.net.state_dict()
-    return {"mode": args.mode, "step": step, "best": best, "args": vars(args) | {"out": str(args.out)},
-            "config": config | {"mults": list(config["mults"])} if config else {},
+    return {"mode": args.mode, "step": step, "best": best, "args": vars(args), "config": config,
             "ema": weights, "ema_updates": ema.updates, "model": method.net.state_dict(),
             "optimizer": method.optimizer.state_dict(), "generator": generator.get_state()}
 
 
 def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
     """Everything back to where run_state left it; returns the next step and the best score."""
-    if saved["mode"] != args.mode or saved["args"]["size"] != args.size:
-        raise UserError(f"--resume: {args.out} holds a run of --mode {saved['mode']} --size "
-                        f"{saved['args']['size']}, not of --mode {args.mode} --size {args.size}")
+    for name in saved["args"].keys() - FREE_ON_RESUME:
+        if saved["args"][name] != getattr(args, name):
+            raise UserError(f"--resume: {args.out} was run with --{name} {saved['args'][name]}, "
+                            f"not {getattr(args, name)}")
+    if saved["step"] >= args.steps:
+        raise UserError(f"--resume: {args.out} has done {saved['step']} steps; give more --steps")
     method.net.load_state_dict(saved["model"])
     ema.net.load_state_dict(saved["ema"])
     ema.updates = saved["ema_updates"]
@@ -218,39 +238,9 @@ def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
     return saved["step"], saved["best"]
 
 
-class Log:
-    """metrics.csv: one line a step, written with each checkpoint, so that the two agree."""
-
-    def __init__(self, path: Path, start: int):
-        self.path, self.rows = path, []
-        if start and path.exists():
-            with open(path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-
-    def write(self):
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with open(self.path, "w", newline="") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-
-def curves(log: Log, path: Path):
-    """Every column of metrics.csv against the step, in small panels."""
-    import matplotlib
-    matplotlib.use("Agg")       # no screen needed
-    from matplotlib import pyplot as plt
-    names = [n for n in dict.fromkeys(n for r in log.rows for n in r) if n not in ("step", "seconds")]
-    fig, axes = plt.subplots(-(-len(names) // 4), 4, figsize=(14, 2.4 * -(-len(names) // 4)))
-    for ax, name in zip(axes.flat, names):
-        points = [(int(r["step"]), float(r[name])) for r in log.rows if r.get(name) not in (None, "")]
-        ax.plot(*zip(*points), marker="." if len(points) < 30 else "")
-        ax.set_title(name, fontsize=9)
-    for ax in list(axes.flat)[len(names):]:
-        ax.axis("off")
-    fig.tight_layout()
-    fig.savefig(path, dpi=70)
-    plt.close(fig)
+# What may differ when a run goes on; everything else would make it another run.
+FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite", "methods",
+                  "init", "frm_weights", "lpips_weights"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -260,23 +250,37 @@ METHODS = ["lrpo"]
 
 
 def demo(args):
-    """sft, frm, each method of --methods; sft trained on for as long as the methods took; a table."""
-    root, seconds = Path(args.out), {}
+    """sft, frm, each method of --methods, sft trained on for as long as they took; a table."""
+    root, stages = Path(args.out), ["sft", "frm", *args.methods]
 
-    def run(mode, out=None, **changes):
-        changes |= {"mode": mode, "out": str(root / (out or mode))}
-        seconds[out or mode] = train(resolve(argparse.Namespace(**vars(args) | changes)))
-    for mode in ["sft", "frm", *args.methods]:
-        run(mode)
-    longest = max(seconds[m] for m in args.methods)
-    if (root / "sft_longer").exists():
-        shutil.rmtree(root / "sft_longer")
+    def stage(mode, name, **changes):
+        return resolve(argparse.Namespace(
+            **vars(args) | {"mode": mode, "out": str(root / name), "init": None} | changes))
+
+    def seconds(name):
+        return float(Log(root / name / "metrics.csv").rows[-1]["seconds"])
+    runs = {}
+    for mode in stages:
+        left = args.resume and (root / mode / "last.pt").exists()
+        runs[mode] = stage(mode, mode, resume=left)
+        check(runs[mode])
+    for mode in stages:
+        if runs[mode].resume and len(Log(root / mode / "metrics.csv").rows) > runs[mode].steps:
+            print(f"{mode}: finished before, in {root / mode}")
+        else:
+            train(runs[mode])
+    # The baseline that any method must beat: supervised training for the same extra wall time.
+    shutil.rmtree(root / "sft_longer", ignore_errors=True)
     shutil.copytree(root / "sft", root / "sft_longer")
-    run("sft", "sft_longer", resume=True, steps=10 ** 9, minutes=longest / 60)
-    ckpts = [str(root / name / "last.pt") for name in ["sft", "sft_longer", *args.methods]]
-    choice = ["--ckpt", *ckpts, "--out", str(root / "evaluation"), "--device", args.device,
-              "--rewards", args.rewards or PRESETS[args.preset]["rewards"]]
-    choice += ["--data", args.data] if args.data else []
+    extra = seconds("frm") + max(seconds(m) for m in args.methods)
+    train(stage("sft", "sft_longer", resume=True, overwrite=False, minutes=extra / 60,
+                steps=100 * runs["sft"].steps))
+    lrpo = runs[args.methods[0]]
+    rows = ["sft", "sft_longer", *args.methods]
+    choice = ["--out", str(root / "evaluation"),
+              "--ckpt", *[str(root / row / "last.pt") for row in rows]]
+    for name in ("rewards", "device", "lpips_net", "lpips_weights", "frm_weights", "data"):
+        choice += [f"--{name}", getattr(lrpo, name)] if getattr(lrpo, name) else []
     evaluate.compare(evaluate.parser().parse_args(choice))
 
 
@@ -297,31 +301,31 @@ def parser() -> argparse.ArgumentParser:
     flag("--preset", default="tiny", choices=list(PRESETS), help="a set of defaults (tiny)")
     flag("--methods", nargs="+", default=["lrpo"], choices=METHODS, help="what demo compares")
     flag("--data", help="folder of face photos (default: drawn faces)")
-    flag("--faces", type=int, help="how many drawn faces to train on")
+    flag("--faces", type=positive, help="how many drawn faces to train on")
     flag("--out", help="run folder (default runs/MODE; for demo the folder of all of them, runs)")
     flag("--init", help="checkpoint to start from (default: sft/last.pt beside --out)")
     flag("--resume", action="store_true", help="go on with the run in --out, exactly")
     flag("--overwrite", action="store_true", help="start anew where --out holds a run")
-    flag("--steps", type=int, help="calls of the method's step, in all")
+    flag("--steps", type=positive, help="calls of the method's step, in all")
     flag("--minutes", type=float, help="stop after this much training time of this call")
-    flag("--every", type=int, help="steps between held-out measurements and checkpoints")
-    flag("--batch_size", type=int, help="images a step; for lrpo, groups")
+    flag("--every", type=positive, help="steps between measurements, with checkpoints")
+    flag("--batch_size", type=positive, help="images a step; for lrpo, groups")
     flag("--lr", type=float, help="learning rate")
     flag("--seed", type=int, default=0)
     flag("--device", default="auto", help="auto, cpu, cuda")
     flag("--bf16", choices=["on", "off"], help="network in bfloat16; likelihoods stay in float32")
-    flag("--size", type=int, help="side of the images in pixels")
-    flag("--channels", type=int, help="width of the first level")
+    flag("--size", type=positive, help="side of the images in pixels")
+    flag("--channels", type=positive, help="width of the first level")
     flag("--mults", help="width of each level, as multiples: 1,2,4")
-    flag("--patch", type=int, help="pixel-unshuffle in front of the network: 1 is none")
+    flag("--patch", type=positive, help="pixel-unshuffle before the network: 1 is none")
     flag("--rewards", help="name=weight,... of ssim, dwt, lpips, face")
     flag("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
     flag("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")
     flag("--frm_weights", help="face reward model (default: frm/last.pt beside --out)")
-    flag("--ddim_steps", type=int, help="K, sampling steps")
+    flag("--ddim_steps", type=positive, help="K, sampling steps")
     flag("--eta", type=float, default=1.0, help="DDIM noise of the rollouts (1: LRPO)")
-    flag("--group", type=int, help="G, restorations of one image")
-    flag("--updates", type=int, default=2, help="optimiser steps on a rollout")
+    flag("--group", type=positive, help="G, restorations of one image")
+    flag("--updates", type=positive, default=2, help="optimiser steps on a rollout")
     flag("--clip", type=float, help="of the ratio (default 1.64 / D)")
     flag("--adv_std", default="group", choices=["group", "batch"], help="spread in the advantage")
     flag("--noise_level_weights", default="on", choices=["on", "off"], help="LRPO strategy 3")
@@ -335,11 +339,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv=None):
     given = parser().parse_args(argv)
     if given.mode == "demo":
-        return demo(argparse.Namespace(**{**vars(given), "out": given.out or "runs"}))
+        return demo(argparse.Namespace(**vars(given) | {"out": given.out or "runs"}))
     args = resolve(given)
-    if args.mode == "lrpo" and args.eta <= 0:
-        raise UserError("--eta must be above 0 in lrpo: without noise a step has no likelihood")
     frm = Path(args.out).parent / "frm" / "last.pt"
+    check(args)
     if (args.mode == "lrpo" and "face" in parse_rewards(args.rewards) and not args.frm_weights
             and not frm.exists()):
         print(f"no face reward model at {frm}: training one first")

@@ -81,8 +81,8 @@ def test_gt_likelihood_is_bounded():
 
 
 def test_policy_gradient_of_a_linear_gaussian_policy():
-    """One step, mu = w c, R = x: the gradient of the loss at ratio 1 is -mean(A d log pi / dw), whose
-    expectation for A = R is -dE[R]/dw = -c for each pixel (the log-prob is a mean over D of them)."""
+    """One step, mu = w c, R = x: at ratio 1 the loss' gradient is -mean(A d log pi / dw), whose
+    expectation for A = R - mean is -dE[R]/dw = -c."""
     c, sigma, n = 0.7, 0.5, 200_000
     w = torch.tensor(0.3, requires_grad=True)
     mu = (w * c).expand(n, 1, 1, 1)
@@ -158,7 +158,8 @@ def test_a_reward_that_cannot_tell_moves_nothing_by_itself():
         group["weight_decay"] = 0.0
     before = parameters(lrpo)
     stats = lrpo.step(BATCH)
-    assert stats["no_spread"] == 1 and stats["grad_norm"] == 0 and torch.equal(before, parameters(lrpo))
+    assert stats["no_spread"] == 1 and stats["grad_norm"] == 0
+    assert torch.equal(before, parameters(lrpo))
 
 
 def test_reinforce_raises_the_reward():

@@ -74,7 +74,7 @@ def test_a_perfect_network_has_no_loss_and_restores_exactly(prediction):
 
 @pytest.mark.parametrize("prediction", ["v", "eps"])
 def test_the_guess_is_the_posterior_mean_of_a_gaussian_prior(prediction):
-    """x_0 ~ N(LQ, .15^2), x_t = sqrt(a) x_0 + sqrt(1 - a) z: regress x_0 on x_t by least squares."""
+    """x_0 ~ N(LQ, .15^2), x_t = q_sample of it: regress x_0 on x_t by least squares."""
     d, n, lq = Diffusion(Config(prediction=prediction)), 200_000, 0.4
     x0 = lq + 0.15 * noise(0, n, 1, 1, 1)
     silent = lambda x, lq, t: torch.zeros_like(x)       # the guess is all there is
@@ -109,7 +109,8 @@ def test_network_uses_all_its_inputs_and_has_no_dropout():
         torch.nn.init.normal_(p, std=0.1)
     x, lq, t = noise(0, 2, 3, 16, 16), noise(1, 2, 3, 16, 16), torch.tensor([10, 900])
     y = net(x, lq, t)
-    assert y.shape == x.shape and torch.equal(y, net(x, lq, t)) and torch.equal(y, net.eval()(x, lq, t))
+    assert y.shape == x.shape and torch.equal(y, net(x, lq, t))
+    assert torch.equal(y, net.eval()(x, lq, t))
     for other in (net(lq, lq, t), net(x, x, t), net(x, lq, t.flip(0))):
         assert not torch.allclose(y, other, atol=1e-3)
     y.sum().backward()

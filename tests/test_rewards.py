@@ -62,7 +62,7 @@ def test_dwt_is_the_papers_exponential_of_a_unit_gain_low_pass():
 
 @pytest.fixture
 def backbone(tmp_path):
-    """A file such as --lpips_weights takes: squeezenet's features, random, with torchvision's names."""
+    """A file such as --lpips_weights takes: squeezenet's features, random, torchvision's names."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,7 +149,7 @@ def test_composite_is_the_weighted_sum_of_clamped_images():
 
 def test_reward_names_and_files(tmp_path):
     assert parse_rewards("ssim=.4, face=1") == {"ssim": 0.4, "face": 1.0}
-    for text, message in [("sim=1", "'sim'; there are ssim"), ("ssim", "name=weight"),
+    for text, message in [("sim=1", "'sim' is no reward"), ("ssim", "name=weight"),
                           ("ssim=a", "name=weight"), ("", "''")]:
         with pytest.raises(UserError, match=message):
             parse_rewards(text)

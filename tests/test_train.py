@@ -3,6 +3,7 @@ import csv
 import json
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def little_work():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with an sft, an frm and an lrpo run of three steps each; lrpo trains frm by itself."""
+    """A folder with sft, frm and lrpo runs of three steps each; lrpo trains frm by itself."""
     root = tmp_path_factory.mktemp("runs")
     run("sft", root / "sft")
     run("lrpo", root / "lrpo")
@@ -52,7 +53,7 @@ def test_a_run_leaves_what_the_readme_says(runs):
     assert Image.open(runs / "sft" / "samples_000003.png").size == (3 * 16 * 2, 8 * 16 * 2)
     with open(runs / "lrpo" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     for name in ("reward", "ssim", "dwt", "face", "ratio_mean", "ratio_max", "clip_fraction",
                  "approx_kl", "no_spread", "grad_norm", "heldout_psnr", "heldout_ssim"):
         float(rows[-1][name])
@@ -82,16 +83,15 @@ def test_resume_is_bit_for_bit(runs, tmp_path, mode):
     run(mode, tmp_path / "parts", *beside, steps=3)
     parts = run(mode, tmp_path / "parts", *beside, "--resume", steps=6)
     for state in (whole, parts):
-        for name in ("out", "resume"):
+        for name in ("out", "resume", "overwrite"):
             state["args"].pop(name)
     same(whole, parts)
     logs = []
     for name in ("whole", "parts"):
         with open(tmp_path / name / "metrics.csv") as file:
-            logs.append([{k: v for k, v in row.items() if k != "seconds" and "heldout" not in k}
+            logs.append([{k: v for k, v in row.items() if k != "seconds"}
                          for row in csv.DictReader(file)])
-    assert len(logs[0]) == 6
-    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]]
+    assert len(logs[0]) == 7 and logs[0] == logs[1]
 
 
 def test_minutes_stop_a_run_early(tmp_path):
@@ -101,7 +101,8 @@ def test_minutes_stop_a_run_early(tmp_path):
 def test_evaluate_and_sample(runs, tmp_path, capsys):
     ckpts = [str(runs / m / "last.pt") for m in ("sft", "lrpo")]
     evaluate.compare(evaluate.parser().parse_args(
-        ["--ckpt", *ckpts, "--n", "6", "--out", str(tmp_path / "e"), "--device", "cpu"]))
+        ["--ckpt", *ckpts, "--n", "6", "--out", str(tmp_path / "e"), "--device", "cpu",
+         "--rewards", "ssim=.4,dwt=.3,face=.3"]))
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == ["LQ", "sft", "lrpo"]
     figures = json.loads((tmp_path / "e" / "metrics.json").read_text())
@@ -119,12 +120,13 @@ def test_evaluate_and_sample(runs, tmp_path, capsys):
                "--sheet", str(tmp_path / "sheet.png"), "--device", "cpu"]
     sample.main(sample.parser().parse_args(command))
     assert "text.png" in capsys.readouterr().err
-    made = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png"))
-    assert made == ["deep/alpha.png", "grey.png"]
+    made = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    assert made == {"deep/alpha.png", "grey.png"}
     assert Image.open(tmp_path / "out" / "grey.png").size == (16, 16)
     assert Image.open(tmp_path / "sheet.png").size == (2 * 128, 2 * 128)
     first = (tmp_path / "out" / "grey.png").read_bytes()
     command[3], command[5] = str(photos / "grey.JPG"), str(tmp_path / "alone")
+    command += ["--overwrite"]
     sample.main(sample.parser().parse_args(command))
     assert (tmp_path / "alone" / "grey.png").read_bytes() == first      # alone or in a folder
 
@@ -137,6 +139,16 @@ def test_sample_loses_nothing(tmp_path, runs):
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(UserError, match="would be lost"):
         sample.outputs(tmp_path, tmp_path)
+    (tmp_path / "photo").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "photo" / "a.jpg")
+    with pytest.raises(UserError, match="would be lost"):
+        sample.outputs(tmp_path / "photo" / "a.jpg", tmp_path)      # a.png there is another photo
+    assert sample.outputs(tmp_path / "photo", tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="is a file"):
+        sample.outputs(tmp_path, tmp_path / "a.png")
+    for sheet in (tmp_path / "none" / "s.png", tmp_path / "s.txt", tmp_path / "a.png"):
+        with pytest.raises(UserError, match="--sheet"):
+            sample.check_sheet(sheet, overwrite=False)
 
 
 def test_demo_runs_the_whole_story(tmp_path, capsys, monkeypatch):
@@ -147,15 +159,30 @@ def test_demo_runs_the_whole_story(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "runs" / "evaluation" / "comparison.png").exists()
 
 
+def no_network(*args, **kwargs):
+    raise urllib.error.URLError("no network")
+
+
 MISTAKES = {
+    "LPIPS without backbone or network": (["--mode", "lrpo", "--init", "{sft}", "--rewards",
+                                           "lpips=1"], "--lpips_weights"),
     "a folder without photos": (["--mode", "sft", "--data", "{empty}"], "no photo in it"),
     "a missing folder": (["--mode", "sft", "--data", "{empty}/none"], "no such folder"),
     "only unreadable photos": (["--mode", "sft", "--data", "{text}"], "can be read"),
-    "a checkpoint of another size": (["--mode", "lrpo", "--init", "{sft}", "--size", "32"], "16 px"),
+    "a checkpoint of another size": (["--mode", "lrpo", "--init", "{sft}", "--size", "32"],
+                                     "16 px"),
     "an unknown reward": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "beauty=1"], "beauty"),
     "no sft run": (["--mode", "lrpo"], "no such file"),
     "eta 0": (["--mode", "lrpo", "--init", "{sft}", "--eta", "0"], "--eta"),
     "nothing to resume": (["--mode", "sft", "--resume"], "--resume"),
+    "nothing left to do": (["--mode", "sft", "--resume", "--out", "{runs}/sft"], "more --steps"),
+    "another mode's run": (["--mode", "frm", "--resume", "--init", "{sft}", "--out", "{runs}/sft"],
+                           "was run with --"),
+    "a group of one": (["--mode", "lrpo", "--init", "{sft}", "--group", "1"], "--group"),
+    "another network": (["--mode", "sft", "--resume", "--patch", "1", "--out", "{runs}/sft"],
+                        "--patch 2, not 1"),
+    "a face reward model for a restorer": (["--mode", "lrpo", "--init", "{runs}/frm/last.pt"],
+                                           "not a restorer"),
     "a run in the way": (["--mode", "sft", "--out", "{runs}/sft"], "--overwrite"),
     "a size that no network fits": (["--mode", "sft", "--size", "30"], "multiple of"),
     "no such device": (["--mode", "sft", "--device", "nonsense"], "--device"),
@@ -170,9 +197,12 @@ def test_a_mistake_gets_one_sentence_and_loses_nothing(name, runs, tmp_path, mon
     text.mkdir()
     for i in range(3):
         (text / f"{i}.png").write_text("not a picture")
+    monkeypatch.setenv("TORCH_HOME", str(empty))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     before = (runs / "sft" / "last.pt").read_bytes()
     given, message = MISTAKES[name]
-    given = [g.format(empty=empty, text=text, runs=runs, sft=runs / "sft" / "last.pt") for g in given]
+    sft = runs / "sft" / "last.pt"
+    given = [g.format(empty=empty, text=text, runs=runs, sft=sft) for g in given]
     out = [] if "--out" in given else ["--out", str(tmp_path / "new" / "run")]
     with pytest.raises(UserError, match=message) as raised:
         train.main([*SMALL, *out, *given])
@@ -181,7 +211,8 @@ def test_a_mistake_gets_one_sentence_and_loses_nothing(name, runs, tmp_path, mon
 
 
 @pytest.mark.parametrize("command", [["train.py", "--mode", "sft", "--data", "none"],
-                                     ["sample.py", "--ckpt", "none", "--input", "x", "--output", "y"],
+                                     ["sample.py", "--ckpt", "none", "--input", "x",
+                                      "--output", "y"],
                                      ["evaluate.py", "--ckpt", "none"]])
 def test_a_mistake_ends_the_program_without_a_trace(command, tmp_path):
     done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True,
