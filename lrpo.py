@@ -14,7 +14,7 @@ Departs  (the published code does the first of each pair)
            never acts: that is REINFORCE.
          - The exponent of the likelihood term can be positive: here it is at most 0.
          - Advantages divided by the spread of the whole batch: here of the group (the figure).
-         - Likelihood weight .001 on the last 5 of 50 steps, where it does next to nothing: here 2
+         - Likelihood weight .001 on the last 5 of 50 steps, where it does next to nothing: here 1.2
            on all of them, with the `posterior` target.
          The last DDIM step has sigma = 0, so no density: it is left out, see `trained_steps`.
 """
@@ -101,9 +101,9 @@ class LRPO:
     pg_weight scales the policy gradient. ValueError for eta <= 0.
     """
 
-    def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, *, lr=1e-4,
+    def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, *, lr=2e-4,
                  K=10, eta=1.0, group=8, updates=2, clip=None, adv_std="group",
-                 noise_weights=True, pg_weight=1.0, gt_weight=2.0, gt_target="posterior",
+                 noise_weights=True, pg_weight=1.0, gt_weight=1.2, gt_target="posterior",
                  gt_last=0):
         if eta <= 0:
             raise ValueError("eta must be above 0: without noise a step has no likelihood")

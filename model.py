@@ -276,15 +276,17 @@ class SFT:
 class EMA:
     """An exponential moving average of the weights; it is what gets evaluated and sampled from."""
 
-    def __init__(self, net: nn.Module, decay: float):
+    def __init__(self, net: nn.Module, decay: float, from_scratch: bool = True):
+        self.from_scratch = from_scratch
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
 
     @torch.no_grad()
     def update(self, net: nn.Module):
         self.updates += 1
-        # Early on, average over the few steps there are, or the random start would linger.
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self.decay
+        if self.from_scratch:   # average over the few steps there are, or the random start lingers
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
         for mine, theirs in zip(self.net.parameters(), net.parameters()):
             mine.lerp_(theirs, 1 - decay)
         for mine, theirs in zip(self.net.buffers(), net.buffers()):

@@ -34,8 +34,8 @@ from rewards import (LPIPS, OFFLINE, FaceRewardModel, FaceRewardTraining, build_
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
         size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
-        steps=dict(sft=2000, frm=100, lrpo=70), batch_size=dict(sft=16, frm=32, lrpo=4),
-        lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4), every=dict(sft=500, frm=50, lrpo=10),
+        steps=dict(sft=2500, frm=100, lrpo=80), batch_size=dict(sft=16, frm=32, lrpo=4),
+        lr=dict(sft=1e-3, frm=1e-3, lrpo=2e-4), every=dict(sft=500, frm=50, lrpo=10),
         ddim_steps=10, group=8, rewards=OFFLINE, bf16="off"),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
@@ -48,15 +48,13 @@ PRESETS = {
         lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5), every=dict(sft=5000, frm=500, lrpo=50),
         ddim_steps=50, group=9, rewards="face=.3,lpips=.3,dwt=.3,ssim=.1", bf16="on"),
 }
-EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.95)    # ours; EMA's warm-up keeps short runs below
+# Ours. A policy gradient is noisy: the average over some 50 rollouts is what improves steadily.
+EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.98)
 WARMUP = dict(sft=100, frm=20, lrpo=2)              # steps of linear learning-rate warm-up (ours)
 VALIDATION = 64         # held-out images measured during training
 RESTORED_PAIRS = 512    # restorations that the face reward model learns from
 REWARDED_WITHOUT_FRM = "ssim=.5,dwt=.5"     # what sft's best.pt is chosen by: no frm exists yet
 
-
-# ---------------------------------------------------------------------------------------------
-# What a mode needs
 
 def build(args, device, generator, photos):
     """The method, and validate(averaged net) -> (figures, picture or None), for args.mode."""
@@ -114,9 +112,6 @@ def build(args, device, generator, photos):
     return method, validate
 
 
-# ---------------------------------------------------------------------------------------------
-# The loop
-
 def train(args):
     """Run one mode to its end."""
     check(args)
@@ -131,7 +126,8 @@ def train(args):
         method, validate = build(args, device, generator, photos)
     except ValueError as error:         # a face, a network or a method that cannot be had
         raise UserError(f"--preset {args.preset} with these flags: {error}") from None
-    ema, start, best = EMA(method.net, EMA_DECAY[args.mode]), 0, -float("inf")
+    ema = EMA(method.net, EMA_DECAY[args.mode], from_scratch=args.mode != "lrpo")
+    start, best = 0, -math.inf
     if saved:
         start, best = restore_run(saved, args, method, ema, generator)
     figures, _ = validate(ema.net)      # before the first step, and before anything is written
@@ -203,6 +199,7 @@ def check(args):
 
 
 def plan(args, net, photos: int, start: int) -> str:
+    """What a run will do, in one line."""
     size = sum(p.numel() for p in net.parameters()) / 1e6
     text = (f"{args.mode}: {photos:,} training photos of {args.size} px, {size:.2f} M parameters, "
             f"steps {start} to {args.steps} of {args.batch_size} images")
@@ -243,9 +240,6 @@ FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overw
                   "init", "frm_weights", "lpips_weights"}
 
 
-# ---------------------------------------------------------------------------------------------
-# Commands
-
 METHODS = ["lrpo"]
 
 
@@ -259,28 +253,23 @@ def demo(args):
 
     def seconds(name):
         return float(Log(root / name / "metrics.csv").rows[-1]["seconds"])
-    runs = {}
-    for mode in stages:
-        left = args.resume and (root / mode / "last.pt").exists()
-        runs[mode] = stage(mode, mode, resume=left)
-        check(runs[mode])
-    for mode in stages:
-        if runs[mode].resume and len(Log(root / mode / "metrics.csv").rows) > runs[mode].steps:
-            print(f"{mode}: finished before, in {root / mode}")
-        else:
-            train(runs[mode])
+    runs = {mode: stage(mode, mode, resume=args.resume and (root / mode / "last.pt").exists())
+            for mode in stages}
+    for run in runs.values():
+        check(run)
+    for mode, run in runs.items():
+        if not run.resume or len(Log(root / mode / "metrics.csv").rows) <= run.steps:
+            train(run)      # else it was finished before
     # The baseline that any method must beat: supervised training for the same extra wall time.
     shutil.rmtree(root / "sft_longer", ignore_errors=True)
     shutil.copytree(root / "sft", root / "sft_longer")
     extra = seconds("frm") + max(seconds(m) for m in args.methods)
     train(stage("sft", "sft_longer", resume=True, overwrite=False, minutes=extra / 60,
                 steps=100 * runs["sft"].steps))
-    lrpo = runs[args.methods[0]]
-    rows = ["sft", "sft_longer", *args.methods]
-    choice = ["--out", str(root / "evaluation"),
-              "--ckpt", *[str(root / row / "last.pt") for row in rows]]
+    ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *args.methods]]
+    choice, flags = ["--out", str(root / "evaluation"), "--ckpt", *ckpts], vars(runs["sft"])
     for name in ("rewards", "device", "lpips_net", "lpips_weights", "frm_weights", "data"):
-        choice += [f"--{name}", getattr(lrpo, name)] if getattr(lrpo, name) else []
+        choice += [f"--{name}", flags[name]] if flags[name] else []
     evaluate.compare(evaluate.parser().parse_args(choice))
 
 
@@ -330,7 +319,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--adv_std", default="group", choices=["group", "batch"], help="spread in the advantage")
     flag("--noise_level_weights", default="on", choices=["on", "off"], help="LRPO strategy 3")
     flag("--pg_weight", type=float, default=1.0, help="weight of the policy gradient")
-    flag("--gt_weight", type=float, default=2.0, help="weight of LRPO strategy 2 (0: off)")
+    flag("--gt_weight", type=float, default=1.2, help="weight of LRPO strategy 2 (0: off)")
     flag("--gt_target", default="posterior", choices=["marginal", "posterior"])
     flag("--gt_last", type=int, default=0, help="strategy 2 on the last n trained steps (0: all)")
     return p

@@ -129,13 +129,14 @@ def test_config_refuses_what_cannot_be_built():
 def test_ema_against_its_recurrence():
     net = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(net.weight)
-    ema, want = EMA(net, 0.5), 0.0
+    early, late = EMA(net, 0.5), EMA(net, 0.5, from_scratch=False)
+    wants = [0.0, 0.0]
     for n in range(1, 20):
         net.weight.data.fill_(float(n))
-        ema.update(net)
-        decay = min(0.5, (1 + n) / (10 + n))
-        want = decay * want + (1 - decay) * n
-    assert ema.net.weight.item() == pytest.approx(want, rel=1e-5)
+        for i, (ema, decay) in enumerate([(early, min(0.5, (1 + n) / (10 + n))), (late, 0.5)]):
+            ema.update(net)
+            wants[i] = decay * wants[i] + (1 - decay) * n
+            assert ema.net.weight.item() == pytest.approx(wants[i], rel=1e-5)
 
 
 def test_checkpoint_files(tmp_path):
