@@ -29,8 +29,8 @@ from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensor
 from rewards import (LPIPS, OFFLINE, FaceRewardModel, FaceRewardTraining, build_reward,
                      parse_rewards)
 
-# A value is one for every mode, or one for each. K = 50 and G = 9 of `base` are LRPO's code; the
-# rest is ours: `tiny` by measurement (docs/results.md), the larger ones by extrapolation from it.
+# A value is one for every mode, or one for each. K = 50 and G = 9 are LRPO's code; the rest is ours,
+# `tiny` by measurement (docs/results.md), the larger ones by extrapolation from it.
 # gt_weight falls with the number of pixels D: both terms are means over D, and in such a mean the
 # policy gradient's noise z averages out while the likelihood's error does not.
 PAPER = "face=.3,lpips=.3,dwt=.3,ssim=.1"   # LRPO's code, with SSIM in place of CLIP-IQA
@@ -216,9 +216,8 @@ def plan(args, net, photos: int, start: int) -> str:
 def run_state(args, method, ema, generator, step: int, best: float) -> dict:
     """A checkpoint. The data position is `step`; config and ema are all that restoring needs."""
     config = vars(method.net.config) if args.mode != "frm" else {}
-    weights = ema.net.state_dict()
     return {"mode": args.mode, "step": step, "best": best, "args": vars(args), "config": config,
-            "ema": weights, "ema_updates": ema.updates, "model": method.net.state_dict(),
+            "ema": ema.net.state_dict(), "ema_updates": ema.updates, "model": method.net.state_dict(),
             "optimizer": method.optimizer.state_dict(), "generator": generator.get_state()}
 
 
