@@ -3,7 +3,6 @@
     python train.py --mode demo                         drawn faces, two CPU cores, minutes
     python train.py --mode sft                          then:
     python train.py --mode lrpo                         starts from runs/sft/last.pt
-    python train.py --mode sft --preset small --data path/to/faces
 
 A mode's run folder is --out (default runs/MODE); what it starts from is looked for beside it: with
 --out X/lrpo, X/sft/last.pt and X/frm/last.pt. A method is a class with step(batch) -> floats that
@@ -29,8 +28,8 @@ from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensor
 from rewards import (LPIPS, OFFLINE, FaceRewardModel, FaceRewardTraining, build_reward,
                      parse_rewards)
 
-# A value is one for every mode, or one for each. K = 50 and G = 9 are LRPO's code; the rest is ours,
-# `tiny` by measurement (docs/results.md), the larger ones by extrapolation from it.
+# A value is one for every mode, or one for each. K = 50 and G = 9 are LRPO's code; the rest is
+# ours, `tiny` by measurement (docs/results.md), the larger ones by extrapolation from it.
 # gt_weight falls with the number of pixels D: both terms are means over D, and in such a mean the
 # policy gradient's noise z averages out while the likelihood's error does not.
 PAPER = "face=.3,lpips=.3,dwt=.3,ssim=.1"   # LRPO's code, with SSIM in place of CLIP-IQA
@@ -63,6 +62,9 @@ def build(args, device, generator, photos):
     """The method, and validate(averaged net) -> (figures, picture or None), for args.mode."""
     beside = Path(args.out).parent
     init = args.init or (None if args.mode == "sft" else beside / "sft" / "last.pt")
+    if init and not args.init and not init.exists():
+        raise UserError(f"--mode {args.mode} starts from {init}, which is not there: run --mode sft "
+                        "first, or give --init CKPT")
     if init is None:
         mults = tuple(int(m) for m in args.mults.split(","))
         net = UNet(Config(args.size, args.channels, mults, patch=args.patch))
@@ -188,15 +190,13 @@ def check(args):
     if args.resume and not last.exists():
         raise UserError(f"--resume: there is no {last} to go on from")
     if last.exists() and not args.resume and not args.overwrite:
-        raise UserError(f"--out {args.out}: holds a run already; --resume goes on with it, "
-                        "--overwrite starts anew")
+        raise UserError(f"--out {args.out}: holds a run already; --resume it, or --overwrite it")
     terms = parse_rewards(args.rewards)
     if args.mode == "lrpo":
         if args.eta <= 0:
             raise UserError("--eta must be above 0 in lrpo: without noise a step has no likelihood")
         if args.group < 2 or args.ddim_steps < 2:
-            raise UserError("--group and --ddim_steps must be 2 or more in lrpo: an advantage "
-                            "compares a group, and the last step has no density")
+            raise UserError("--group and --ddim_steps must be 2 or more in lrpo")
         if "lpips" in terms:
             LPIPS(args.lpips_net, args.lpips_weights)
 
@@ -209,16 +209,16 @@ def plan(args, net, photos: int, start: int) -> str:
     if args.mode == "lrpo":
         text += (f" x {args.group} restorations of {args.ddim_steps} DDIM steps, {args.updates} "
                  f"updates a rollout; rewards {args.rewards}")
-    text += f"; at most {args.minutes:.2g} minutes" if args.minutes else ""
-    return f"{text}; to {args.out}"
+    return f"{text}{f'; at most {args.minutes:.2g} minutes' if args.minutes else ''}; to {args.out}"
 
 
 def run_state(args, method, ema, generator, step: int, best: float) -> dict:
     """A checkpoint. The data position is `step`; config and ema are all that restoring needs."""
     config = vars(method.net.config) if args.mode != "frm" else {}
     return {"mode": args.mode, "step": step, "best": best, "args": vars(args), "config": config,
-            "ema": ema.net.state_dict(), "ema_updates": ema.updates, "model": method.net.state_dict(),
-            "optimizer": method.optimizer.state_dict(), "generator": generator.get_state()}
+            "model": method.net.state_dict(), "ema": ema.net.state_dict(),
+            "ema_updates": ema.updates, "optimizer": method.optimizer.state_dict(),
+            "generator": generator.get_state()}
 
 
 def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:

@@ -172,7 +172,7 @@ MISTAKES = {
     "a checkpoint of another size": (["--mode", "lrpo", "--init", "{sft}", "--size", "32"],
                                      "16 px"),
     "an unknown reward": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "beauty=1"], "beauty"),
-    "no sft run": (["--mode", "lrpo"], "no such file"),
+    "no sft run": (["--mode", "lrpo"], "run --mode sft first"),
     "eta 0": (["--mode", "lrpo", "--init", "{sft}", "--eta", "0"], "--eta"),
     "nothing to resume": (["--mode", "sft", "--resume"], "--resume"),
     "nothing left to do": (["--mode", "sft", "--resume", "--out", "{runs}/sft"], "more --steps"),
