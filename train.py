@@ -63,7 +63,7 @@ def build(args, device, generator, photos):
     beside = Path(args.out).parent
     init = args.init or (None if args.mode == "sft" else beside / "sft" / "last.pt")
     if init and not args.init and not init.exists():
-        raise UserError(f"--mode {args.mode} starts from {init}, which is not there: run --mode sft "
+        raise UserError(f"--mode {args.mode} starts from {init}, not there yet: run --mode sft "
                         "first, or give --init CKPT")
     if init is None:
         mults = tuple(int(m) for m in args.mults.split(","))
