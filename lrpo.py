@@ -19,9 +19,9 @@ Departs  (the published code does the first of each pair)
          The last DDIM step has sigma = 0, so no density: it is left out, see `trained_steps`.
 Found    (docs/results.md, single seeds, drawn faces, 32 px) Learning rate, updates and averaging go
          together: 2 updates at 2e-4 under an EMA over 50 rollouts lift the parts of the reward (in
-         the demo `face` fell by 0.6 %),
-         4e-4 loses `face`. The policy gradient alone hacks the face reward and loses PSNR, the
-         likelihood alone raises PSNR and loses `face`; its weight sets the balance.
+         the demo `face` fell by 0.6 %), 4e-4 loses `face`. The policy gradient alone hacks the face
+         reward and loses PSNR, the likelihood alone raises PSNR and loses `face`; its weight sets
+         the balance.
 """
 import math
 from dataclasses import dataclass
