@@ -31,7 +31,7 @@ from rewards import (LPIPS, OFFLINE, FaceRewardModel, FaceRewardTraining, build_
 # A value is one for every mode, or one for each. K = 50 and G = 9 are LRPO's code; the rest is
 # ours, `tiny` by measurement (docs/results.md), the larger ones by extrapolation from it.
 # gt_weight falls with the number of pixels D: both terms are means over D, and in such a mean the
-# policy gradient's noise z averages out while the likelihood's error does not.
+# policy gradient's noise z averages out, the likelihood's error does not (our reading).
 PAPER = "face=.3,lpips=.3,dwt=.3,ssim=.1"   # LRPO's code, with SSIM in place of CLIP-IQA
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
