@@ -33,6 +33,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """An argparse type."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def held_out(data, size: int, n: int, device):
     """The first n held-out pairs (lq, gt) of a folder or of drawn faces: (n, 3, size, size)."""
     photos = (Photos.from_folder(data, size, "heldout", n) if data

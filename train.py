@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import evaluate
 from data import Photos, UserError, sheet, train_batch
-from evaluate import Log, positive
+from evaluate import Log, positive, whole
 from lrpo import LRPO
 from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensors, pick_device,
                    save_checkpoint)
@@ -30,32 +30,33 @@ from rewards import (LPIPS, OFFLINE, FaceRewardModel, FaceRewardTraining, build_
 
 # A value is one for every mode, or one for each. K = 50 and G = 9 are LRPO's code; the rest is
 # ours, `tiny` by measurement (docs/results.md), the larger ones by extrapolation from it.
-# gt_weight falls with the number of pixels D: both terms are means over D, and in such a mean the
-# policy gradient's noise z averages out, the likelihood's error does not (our reading).
+# gt_weight falls with the number of pixels D: in a mean over D the policy gradient's noise averages
+# out, the likelihood's error does not (our reading).
 PAPER = "face=.3,lpips=.3,dwt=.3,ssim=.1"   # LRPO's code, with SSIM in place of CLIP-IQA
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
         size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
-        steps=dict(sft=2500, frm=100, lrpo=80), batch_size=dict(sft=16, frm=32, lrpo=4),
-        lr=dict(sft=1e-3, frm=1e-3, lrpo=2e-4), every=dict(sft=500, frm=50, lrpo=10),
-        ddim_steps=10, group=8, gt_weight=1.2, rewards=OFFLINE, bf16="off"),
+        steps=dict(sft=4500, frm=100, lrpo=100), batch_size=dict(sft=16, frm=32, lrpo=32),
+        lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4), every=dict(sft=500, frm=50, lrpo=20),
+        ddim_steps=10, group=8, branch=4, gt_weight=2.6, rewards=OFFLINE, bf16="off"),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
-        steps=dict(sft=20_000, frm=200, lrpo=300), batch_size=dict(sft=64, frm=32, lrpo=8),
-        lr=dict(sft=1e-3, frm=1e-3, lrpo=2e-4), every=dict(sft=1000, frm=100, lrpo=10),
-        ddim_steps=10, group=8, gt_weight=0.3, rewards=PAPER, bf16="on"),
+        steps=dict(sft=20_000, frm=200, lrpo=200), batch_size=dict(sft=64, frm=32, lrpo=16),
+        lr=dict(sft=1e-3, frm=1e-3, lrpo=5e-5), every=dict(sft=1000, frm=100, lrpo=20),
+        ddim_steps=10, group=8, branch=4, gt_weight=0.6, rewards=PAPER, bf16="on"),
     "base": dict(       # 128 px, the paper's K and G, one GPU, hours
         size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000,
         steps=dict(sft=200_000, frm=2000, lrpo=1000), batch_size=dict(sft=32, frm=32, lrpo=4),
         lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5), every=dict(sft=5000, frm=500, lrpo=50),
-        ddim_steps=50, group=9, gt_weight=0.08, rewards=PAPER, bf16="on"),
+        ddim_steps=50, group=9, branch=0, gt_weight=0.08, rewards=PAPER, bf16="on"),
 }
-# Ours. A policy gradient is noisy: the average over some 50 rollouts is what improves steadily.
+# Ours. A policy gradient is noisy: it is the average over some 50 rollouts that improves.
 EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.98)
 WARMUP = dict(sft=100, frm=20, lrpo=2)              # steps of linear learning-rate warm-up (ours)
 VALIDATION = 64         # held-out images measured during training
 RESTORED_PAIRS = 512    # restorations that the face reward model learns from
 REWARDED_WITHOUT_FRM = "ssim=.5,dwt=.5"     # what sft's best.pt is chosen by: no frm exists yet
+METHODS = ["lrpo"]
 
 
 def build(args, device, generator, photos):
@@ -107,7 +108,7 @@ def build(args, device, generator, photos):
                       eta=args.eta, group=args.group, updates=args.updates, clip=args.clip,
                       adv_std=args.adv_std, noise_weights=args.noise_level_weights == "on",
                       pg_weight=args.pg_weight, gt_weight=args.gt_weight,
-                      gt_target=args.gt_target, gt_last=args.gt_last)
+                      gt_target=args.gt_target, gt_last=args.gt_last, branch=args.branch)
 
     def validate(averaged):
         x = evaluate.restore(averaged, lq, args.ddim_steps, evaluate.EVAL_ETA, seed=0)
@@ -142,8 +143,7 @@ def train(args):
     for old in () if saved else (*out.glob("*.pt"), *out.glob("samples_*.png")):
         old.unlink()                    # --overwrite: nothing of the old run may look like the new
     log = Log(out / "metrics.csv", start)
-    if not saved:
-        log.rows.append({"step": 0, "seconds": 0.0, **figures})
+    log.rows += [] if saved else [{"step": 0, "seconds": 0.0, **figures}]
     print(plan(args, method.net, len(photos), start))
     before = spent = float(log.rows[-1]["seconds"])
     clock = time.perf_counter()
@@ -197,6 +197,8 @@ def check(args):
             raise UserError("--eta must be above 0 in lrpo: without noise a step has no likelihood")
         if args.group < 2 or args.ddim_steps < 2:
             raise UserError("--group and --ddim_steps must be 2 or more in lrpo")
+        if args.branch >= args.ddim_steps:
+            raise UserError(f"--branch {args.branch}: must be below --ddim_steps {args.ddim_steps}")
         if "lpips" in terms:
             LPIPS(args.lpips_net, args.lpips_weights)
 
@@ -207,8 +209,8 @@ def plan(args, net, photos: int, start: int) -> str:
     text = (f"{args.mode}: {photos:,} training photos of {args.size} px, {size:.2f} M parameters, "
             f"steps {start} to {args.steps} of {args.batch_size} images")
     if args.mode == "lrpo":
-        text += (f" x {args.group} restorations of {args.ddim_steps} DDIM steps, {args.updates} "
-                 f"updates a rollout; rewards {args.rewards}")
+        text += (f" x {args.group} restorations of {args.ddim_steps} DDIM steps, branch "
+                 f"{args.branch}, {args.updates} updates a rollout; rewards {args.rewards}")
     return f"{text}{f'; at most {args.minutes:.2g} minutes' if args.minutes else ''}; to {args.out}"
 
 
@@ -240,9 +242,6 @@ def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
 # What may differ when a run goes on; everything else would make it another run.
 FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite", "methods",
                   "init", "frm_weights", "lpips_weights"}
-
-
-METHODS = ["lrpo"]
 
 
 def demo(args):
@@ -316,6 +315,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--ddim_steps", type=positive, help="K, sampling steps")
     flag("--eta", type=float, default=1.0, help="DDIM noise of the rollouts (1: LRPO)")
     flag("--group", type=positive, help="G, restorations of one image")
+    flag("--branch", type=whole, help="a group parts at one of the last n steps (0: at the start)")
     flag("--updates", type=positive, default=2, help="optimiser steps on a rollout")
     flag("--clip", type=float, help="of the ratio (default 1.64 / D)")
     flag("--adv_std", default="group", choices=["group", "batch"], help="spread in the advantage")
@@ -323,7 +323,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--pg_weight", type=float, default=1.0, help="weight of the policy gradient")
     flag("--gt_weight", type=float, help="weight of LRPO strategy 2 (0: off)")
     flag("--gt_target", default="posterior", choices=["marginal", "posterior"])
-    flag("--gt_last", type=int, default=0, help="strategy 2 on the last n trained steps (0: all)")
+    flag("--gt_last", type=whole, default=0, help="strategy 2 on the last n trained steps (0: all)")
     return p
 
 

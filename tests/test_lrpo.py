@@ -23,7 +23,7 @@ def make(seed=0, reward=brightness, **changes):
     torch.manual_seed(seed)
     net = UNet(Config(size=16, channels=8, mults=(1, 2), patch=2))
     torch.nn.init.normal_(net.head[-1].weight, std=0.05)
-    settings = dict(K=4, group=3, updates=2, lr=1e-4) | changes
+    settings = dict(K=4, group=3, updates=2, lr=1e-4, branch=2) | changes
     return LRPO(net, Diffusion(net.config), reward, torch.Generator().manual_seed(seed), **settings)
 
 
@@ -97,30 +97,65 @@ def test_policy_gradient_of_a_linear_gaussian_policy():
 
 
 def test_rollout_groups_share_one_lq_and_its_log_probs_are_the_policys():
-    lrpo = make()
-    r = lrpo.rollout(*BATCH)
-    assert r.lq.shape == (6, 3, 16, 16) and len(r.states) == 5 and len(r.log_probs) == 3
-    for group, lq, gt in zip(range(2), *BATCH):
-        for i in range(3):
-            assert torch.equal(r.lq[3 * group + i], lq) and torch.equal(r.gt[3 * group + i], gt)
-    assert not torch.equal(r.states[0][0], r.states[0][1])
+    lrpo = make(branch=0)
+    restored, steps = lrpo.rollout(*BATCH)
+    assert restored.shape == (6, 3, 16, 16) and [step.k for step in steps] == [0, 1, 2]
     assert lrpo.schedule[-1][1] == -1 and len(lrpo.trained_steps) == 3      # sigma = 0 is left out
-    for k, (t, s) in enumerate(lrpo.trained_steps):
-        mu, sigma, _ = lrpo.policy(r.states[k], r.lq, t, s)
-        want = torch.distributions.Normal(mu, sigma).log_prob(r.states[k + 1]).mean(dim=(1, 2, 3))
-        torch.testing.assert_close(r.log_probs[k], want, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(steps[0].x[0], steps[0].x[1])
+    for step, after in zip(steps, steps[1:]):
+        assert torch.equal(step.action, after.x)
+    for step in steps:
+        for group, lq, gt in zip(range(2), *BATCH):
+            for i in range(3):
+                assert torch.equal(step.lq[3 * group + i], lq)
+                assert torch.equal(step.gt[3 * group + i], gt)
+        mu, sigma, _ = lrpo.policy(step.x, step.lq, *lrpo.trained_steps[step.k])
+        want = torch.distributions.Normal(mu, sigma).log_prob(step.action).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(step.log_prob, want, rtol=1e-4, atol=1e-5)
 
 
-def test_ratio_is_exactly_one_before_the_first_update():
-    lrpo = make()
-    r = lrpo.rollout(*BATCH)
+def test_branched_members_differ_in_the_noise_of_one_step_only():
+    """Members that get the same noise at the branch must end as the same image, and each is a
+    trajectory of the policy: recomputed here one member at a time."""
+    seen = set()
+    for seed in range(8):
+        lrpo = make(seed=0, branch=2)
+        lrpo.generator.manual_seed(seed)
+        restored, (step,) = lrpo.rollout(*BATCH)
+        seen.add(step.k)
+        assert step.x.shape[0] == 2 and step.action.shape[0] == 6
+        assert all(not torch.equal(restored[0], restored[i]) for i in (1, 2))
+        mu, sigma, _ = lrpo.policy(step.x, step.lq, *lrpo.trained_steps[step.k])
+        mu, sigma = mu.repeat_interleave(3, 0), sigma.repeat_interleave(3, 0)
+        want = torch.distributions.Normal(mu, sigma).log_prob(step.action).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(step.log_prob, want, rtol=1e-4, atol=1e-5)
+        # what came after: the same draws again, from the same generator, shared by the group
+        generator = torch.Generator().manual_seed(seed)
+        torch.randint(2, (), generator=generator)
+        for _ in range(1 + step.k):
+            torch.randn(2, 3, 16, 16, generator=generator)
+        torch.randn(6, 3, 16, 16, generator=generator)
+        x, lq = step.action, BATCH[0].repeat_interleave(3, 0)
+        for t, s in lrpo.schedule[step.k + 1:]:
+            with torch.no_grad():
+                mu, sigma, _ = lrpo.policy(x, lq, t, s)
+            if s >= 0:
+                x = mu + sigma * torch.randn(2, 3, 16, 16, generator=generator)[[0, 0, 0, 1, 1, 1]]
+        torch.testing.assert_close(restored, mu, rtol=1e-4, atol=1e-5)
+    assert seen == {1, 2}               # the last two of three trained steps
+
+
+@pytest.mark.parametrize("branch", [0, 2])
+def test_ratio_is_exactly_one_before_the_first_update(branch):
+    lrpo = make(branch=branch)
+    _, steps = lrpo.rollout(*BATCH)
     adv, w = torch.ones(6), lrpo.weights(BATCH[0])
-    first = lrpo.update(r, adv, w, first=True)
+    first = lrpo.update(steps, adv, w, first=True)
     assert first["ratio_mean"] == 1.0 and first["ratio_max"] == 1.0 and first["clip_fraction"] == 0
-    second = lrpo.update(r, adv, w, first=False)
+    second = lrpo.update(steps, adv, w, first=False)
     assert second["ratio_max"] != 1.0
     with pytest.raises(RuntimeError, match="off 1"):
-        lrpo.update(r, adv, w, first=True)      # the policy has moved: that must not pass for first
+        lrpo.update(steps, adv, w, first=True)  # the policy has moved: that must not pass for first
 
 
 def parameters(lrpo):
@@ -134,13 +169,13 @@ def after_a_step(**changes):
 
 
 def test_each_switch_changes_what_it_should_and_nothing_else():
-    base, stats = after_a_step()
-    again, _ = after_a_step()
+    base, stats = after_a_step(branch=0)
+    again, _ = after_a_step(branch=0)
     assert torch.equal(base, again)
     rolled = ("reward", "mse", "reward_std", "no_spread")
     for change in (dict(gt_weight=0.0), dict(noise_weights=False), dict(pg_weight=0.0),
                    dict(gt_target="marginal"), dict(gt_last=1), dict(adv_std="batch")):
-        moved, other = after_a_step(**change)
+        moved, other = after_a_step(branch=0, **change)
         assert not torch.equal(base, moved), change
         assert all(stats[k] == other[k] for k in rolled), change    # the rollout is the same
     # without the policy gradient neither advantages nor their weights can matter
@@ -170,34 +205,37 @@ def test_reinforce_raises_the_reward():
 
 
 def test_posterior_target_is_minus_the_kl_from_ddpms_posterior():
-    lrpo = make(gt_target="posterior")
-    r = lrpo.rollout(*BATCH)
-    for k, (t, s) in enumerate(lrpo.trained_steps):
-        x, (mu, sigma, _) = r.states[k], lrpo.policy(r.states[k], r.lq, t, s)
+    lrpo = make(gt_target="posterior", branch=0)
+    for step in lrpo.rollout(*BATCH)[1]:
+        x, (t, s) = step.x, lrpo.trained_steps[step.k]
+        mu, sigma, _ = lrpo.policy(x, step.lq, t, s)
         a, prev = lrpo.diffusion.abar[t].item(), lrpo.diffusion.abar[s].item()
         alpha = a / prev                                            # DDPM eq. 6 and 7
-        mean = (math.sqrt(prev) * (1 - alpha) * r.gt + math.sqrt(alpha) * (1 - prev) * x) / (1 - a)
+        mean = math.sqrt(prev) * (1 - alpha) * step.gt + math.sqrt(alpha) * (1 - prev) * x
+        mean = mean / (1 - a)
         std = math.sqrt((1 - prev) / (1 - a) * (1 - alpha))
         kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std),
                                                torch.distributions.Normal(mu, sigma))
-        torch.testing.assert_close(lrpo.gt_log_prob(r, x, mu, sigma, t, s),
+        torch.testing.assert_close(lrpo.gt_log_prob(step, mu, sigma),
                                    -kl.mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-5)
 
 
 def test_marginal_target_is_the_ground_truth_noised_once():
     """E log N(x_gt_s; mu, sigma) in closed form, x_gt_s ~ N(sqrt(abar_s) x_gt, (1 - abar_s) I)."""
-    lrpo = make(gt_target="marginal")
-    r = lrpo.rollout(*BATCH)
+    lrpo = make(gt_target="marginal", branch=0)
+    step = lrpo.rollout(*BATCH)[1][0]
     t, s = lrpo.schedule[0]
-    mu, sigma, _ = lrpo.policy(r.states[0], r.lq, t, s)
+    mu, sigma, _ = lrpo.policy(step.x, step.lq, t, s)
     prev = lrpo.diffusion.abar[s].item()
-    draws = torch.stack([lrpo.gt_log_prob(r, r.states[0], mu, sigma, t, s) for _ in range(400)])
-    square = (mu - math.sqrt(prev) * r.gt) ** 2 + (1 - prev)
+    draws = torch.stack([lrpo.gt_log_prob(step, mu, sigma) for _ in range(400)])
+    square = (mu - math.sqrt(prev) * step.gt) ** 2 + (1 - prev)
     want = (-square / sigma ** 2 / 2 - sigma.log() - math.log(2 * math.pi) / 2).mean(dim=(1, 2, 3))
     error = draws.std(0) / math.sqrt(400)
     assert ((draws.mean(0) - want).abs() < 5 * error).all() and draws.std() > 0
 
 
-def test_eta_zero_is_refused():
+def test_eta_zero_and_a_branch_out_of_range_are_refused():
     with pytest.raises(ValueError, match="eta must be above 0"):
         make(eta=0.0)
+    with pytest.raises(ValueError, match="branch must be 0 to K - 1 = 3, not 4"):
+        make(branch=4)

@@ -17,7 +17,7 @@ from data import UserError
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "16", "--channels", "8", "--mults", "1,2", "--faces", "24", "--batch_size", "4",
-         "--device", "cpu", "--ddim_steps", "3", "--group", "2", "--updates", "2", "--every", "3"]
+         "--device", "cpu", "--ddim_steps", "3", "--group", "2", "--branch", "2", "--every", "3"]
 
 
 def run(mode, out, *more, steps=3):
@@ -178,6 +178,7 @@ MISTAKES = {
     "nothing left to do": (["--mode", "sft", "--resume", "--out", "{runs}/sft"], "more --steps"),
     "another mode's run": (["--mode", "frm", "--resume", "--init", "{sft}", "--out", "{runs}/sft"],
                            "was run with --"),
+    "a branch too long": (["--mode", "lrpo", "--init", "{sft}", "--branch", "3"], "--branch 3"),
     "a group of one": (["--mode", "lrpo", "--init", "{sft}", "--group", "1"], "--group"),
     "another network": (["--mode", "sft", "--resume", "--patch", "1", "--out", "{runs}/sft"],
                         "--patch 2, not 1"),
