@@ -28,14 +28,14 @@ BATCH = 100             # images restored at a time
 
 def positive(text: str) -> int:
     """An argparse type."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
 def whole(text: str) -> int:
     """An argparse type."""
-    if not text.isdigit():
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 

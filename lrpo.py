@@ -9,19 +9,19 @@ Idea     Each DDIM step is a Gaussian policy pi(x_{t-1} | x_t, LQ). Restore each
 Departs  (the published code does the first of each pair)
          - The ground truth is noised cumulatively, q_sample of q_sample: here once, from x_gt.
          - Groups are keyed by caption and come out uneven: here by image, one LQ tensor, exactly G.
-         - An optimiser step at every timestep: here the loss is a mean over the timesteps, and
-           `updates` steps are taken on each rollout. With one, the ratio is always 1 and the clip
-           never acts: that is REINFORCE.
+         - An optimiser step at every timestep: here the loss is a mean over a rollout's trained
+           steps (with `branch`, one), and `updates` optimiser steps are taken on it. With one, the
+           ratio is always 1 and the clip never acts: that is REINFORCE.
          - The exponent of the likelihood term can be positive: here it is at most 0.
          - Advantages divided by the spread of the whole batch: here of the group (the figure).
-         - Likelihood weight .001 on the last 5 of 50 steps, where it does next to nothing: here 2.6
+         - Likelihood weight .001 on the last 5 of 50 steps, where it does next to nothing: here 3.5
            (32 px; less for larger images) wherever a step is trained, with the `posterior` target.
-         - Every noise of every trajectory its own: here (`branch`) a group parts at one step only.
+         - Every noise of every trajectory its own: here a group parts at one step (`branch`; 0 is
+           the paper's form, and what --preset base keeps).
          The last DDIM step has sigma = 0, so no density: it is left out, see `trained_steps`.
-Found    (docs/results.md; drawn faces, 32 px) With full trajectories the policy gradient is noise:
-         those of two sets of 512 samples agree with a cosine of -.3, and .1 for `face` alone. What
-         one step's noise did to the reward is lost among the eight others. Where a group shares
-         all noise but that of one step it is .4 and .8, at 1.6 times the network calls.
+Found    (docs/results.md; drawn faces, 32 px, K = 10) With full trajectories the policy gradient of
+         512 samples cannot be told from noise, not even that of `face` alone: what one step's noise
+         did to the reward is lost among the others. With a branch it can.
          Learning rate and duration go together: at 2e-4 the noise wears the restorer out, at 1e-4
          100 rollouts of 2 updates lift every part of the reward. The likelihood raises PSNR and
          lowers `face`, the policy gradient the other way round; gt_weight sets the balance, and it
@@ -73,7 +73,8 @@ def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
 def noise_level_weights(sigma: Tensor) -> Tensor:
     """w_t = sigma_t / mean of sigma (LRPO, strategy 3): (n,) -> (n,), mean 1.
 
-    Noisy early steps decide the layout and leave the most room: they are pushed the most.
+    The paper's reason: noisy early steps decide the layout and leave the most room. (Here the LQ
+    image decides the layout: the late steps move the reward most, see docs/results.md.)
     """
     return sigma / sigma.mean()
 
@@ -105,23 +106,27 @@ class Step:
 class LRPO:
     """One `step` = one rollout and `updates` optimiser steps on it.
 
-    gt_weight scales strategy 2, over the last `gt_last` trained steps (0: all of them). Its target:
+    gt_weight scales strategy 2, over the last `gt_last` trained steps (0: all; with a branch, only
+    in the rollouts whose step is one of them). Its target:
     gt_target "marginal"  x_gt noised to level t-1 by one q_sample (the paper);
     gt_target "posterior" q(x_{t-1} | x_t, x_gt), the step the policy would take if it knew x_gt
         (ours). The draw is averaged exactly: but for the entropy of q, E log pi = -KL(q || pi),
         without noise of its own: a weighted |x0_hat - x_gt|^2 on the states the policy visits.
     pg_weight scales the policy gradient.
-    branch = n > 0: the members of a group part at one of the last n trained steps, drawn anew for
-        each rollout, and share all other noise. Each is still a sample of the policy and the
-        expected gradient of that step the same (but for the scale of A), but no other noise moves
-        the reward within a group (ours; Flow-GRPO-Fast and MixGRPO turn the other noise off). One
-        state x_t serves the group: 32 images cost less than 4 did. 0: full trajectories (paper).
+    branch = n > 0: one of the last n trained steps is drawn for each rollout. There the members of
+        a group part; all other noise, x_T's too, they share. Each is still a sample of the policy,
+        and nothing else moves the reward within the group. Only that step is trained, by both
+        terms. Before the division by the spread the gradient for that step is unbiased; the
+        division gives every step the same say, however little it moves the reward. One state x_t
+        serves the group, so that a rollout of 32 groups calls the network half as often as a full
+        one of 4. (Ours; Flow-GRPO-Fast and MixGRPO turn the other noise off.)
+    branch = 0: full trajectories, every noise its own, every step trained (the paper).
     ValueError for eta <= 0, or a branch that has no such steps.
     """
 
     def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, *, lr=1e-4,
                  K=10, eta=1.0, group=8, updates=2, clip=None, adv_std="group",
-                 noise_weights=True, pg_weight=1.0, gt_weight=2.6, gt_target="posterior",
+                 noise_weights=True, pg_weight=1.0, gt_weight=3.5, gt_target="posterior",
                  gt_last=0, branch=4):
         if eta <= 0:
             raise ValueError("eta must be above 0: without noise a step has no likelihood")
@@ -167,10 +172,13 @@ class LRPO:
         return u.repeat_interleave(self.group, dim=0)
 
     def weights(self, like: Tensor) -> Tensor:
-        """The noise-level weight of each trained step, (n,); ones with strategy 3 off."""
+        """The noise-level weight of each trained step, (n,), mean 1 over those that can be drawn;
+        ones with strategy 3 off."""
         sigma = torch.stack([self.policy(like, like, t, s, x0=like)[1].flatten()[0]
                              for t, s in self.trained_steps])
-        return noise_level_weights(sigma) if self.noise_weights else torch.ones_like(sigma)
+        weights = noise_level_weights(sigma)
+        return weights / weights[-self.branch:].mean() if self.noise_weights else torch.ones_like(
+            sigma)
 
     def gt_log_prob(self, step: Step, mu: Tensor, sigma: Tensor):
         """How likely the policy's step N(mu, sigma^2) makes the noised ground truth: (R,)."""
@@ -192,6 +200,8 @@ class LRPO:
         weights = self.weights(batch[0][:1])                                    # (n,)
         for u in range(self.updates):       # the figures of the last update are the ones that tell
             stats = self.update(steps, advantage, weights, first=u == 0)
+        if self.branch:
+            stats["branch_step"] = steps[0].k       # the other figures depend on it
         stats["no_spread"] = (grouped.std(dim=1, correction=0) < NO_SPREAD).float().mean().item()
         return {"reward": rewards.mean().item(), **{k: v.mean().item() for k, v in parts.items()},
                 "reward_std": grouped.std(dim=1, correction=0).mean().item(), **stats}

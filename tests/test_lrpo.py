@@ -54,12 +54,14 @@ def test_advantages_group_and_batch():
 def test_noise_level_weights_average_one_and_follow_sigma():
     w = noise_level_weights(torch.tensor([3.0, 2.0, 1.0]))
     assert w.mean() == 1 and w.tolist() == [1.5, 1.0, 0.5]
-    lrpo = make()
+    lrpo = make(branch=0)
     sigma = [lrpo.policy(BATCH[0], BATCH[0], t, s, x0=BATCH[0])[1].flatten()[0].item()
              for t, s in lrpo.trained_steps]
     want = torch.tensor(sigma) / (sum(sigma) / 3)
     torch.testing.assert_close(lrpo.weights(BATCH[0]), want)
     assert torch.equal(make(noise_weights=False).weights(BATCH[0]), torch.ones(3))
+    branched = make(branch=2).weights(BATCH[0])             # mean 1 over the steps that are drawn
+    torch.testing.assert_close(branched, want / want[1:].mean())
 
 
 def test_clipped_loss_is_ppos():
@@ -115,34 +117,63 @@ def test_rollout_groups_share_one_lq_and_its_log_probs_are_the_policys():
 
 
 def test_branched_members_differ_in_the_noise_of_one_step_only():
-    """Members that get the same noise at the branch must end as the same image, and each is a
-    trajectory of the policy: recomputed here one member at a time."""
-    seen = set()
+    """The whole rollout again, from the same generator: every member a trajectory of the policy,
+    every noise but that of the branch shared by its group."""
+    lrpo, seen = make(branch=2), set()
     for seed in range(8):
-        lrpo = make(seed=0, branch=2)
         lrpo.generator.manual_seed(seed)
         restored, (step,) = lrpo.rollout(*BATCH)
         seen.add(step.k)
-        assert step.x.shape[0] == 2 and step.action.shape[0] == 6
-        assert all(not torch.equal(restored[0], restored[i]) for i in (1, 2))
-        mu, sigma, _ = lrpo.policy(step.x, step.lq, *lrpo.trained_steps[step.k])
-        mu, sigma = mu.repeat_interleave(3, 0), sigma.repeat_interleave(3, 0)
-        want = torch.distributions.Normal(mu, sigma).log_prob(step.action).mean(dim=(1, 2, 3))
-        torch.testing.assert_close(step.log_prob, want, rtol=1e-4, atol=1e-5)
-        # what came after: the same draws again, from the same generator, shared by the group
+        assert torch.equal(step.lq, BATCH[0]) and torch.equal(step.gt, BATCH[1])
         generator = torch.Generator().manual_seed(seed)
-        torch.randint(2, (), generator=generator)
-        for _ in range(1 + step.k):
-            torch.randn(2, 3, 16, 16, generator=generator)
-        torch.randn(6, 3, 16, 16, generator=generator)
-        x, lq = step.action, BATCH[0].repeat_interleave(3, 0)
-        for t, s in lrpo.schedule[step.k + 1:]:
+        assert step.k == 2 - torch.randint(2, (), generator=generator).item()
+        draw = lambda n: torch.randn(n, 3, 16, 16, generator=generator)
+        x, lq = draw(2)[[0, 0, 0, 1, 1, 1]], BATCH[0][[0, 0, 0, 1, 1, 1]]
+        for k, (t, s) in enumerate(lrpo.schedule):
             with torch.no_grad():
                 mu, sigma, _ = lrpo.policy(x, lq, t, s)
-            if s >= 0:
-                x = mu + sigma * torch.randn(2, 3, 16, 16, generator=generator)[[0, 0, 0, 1, 1, 1]]
+            if k == step.k:
+                torch.testing.assert_close(step.x[[0, 0, 0, 1, 1, 1]], x, rtol=1e-4, atol=1e-5)
+                x = mu + sigma * draw(6)
+                torch.testing.assert_close(step.action, x, rtol=1e-4, atol=1e-5)
+                want = torch.distributions.Normal(mu, sigma).log_prob(x).mean(dim=(1, 2, 3))
+                torch.testing.assert_close(step.log_prob, want, rtol=1e-4, atol=1e-5)
+            elif s >= 0:
+                x = mu + sigma * draw(2)[[0, 0, 0, 1, 1, 1]]
         torch.testing.assert_close(restored, mu, rtol=1e-4, atol=1e-5)
-    assert seen == {1, 2}               # the last two of three trained steps
+    assert seen == {1, 2}               # drawn anew, among the last two of three trained steps
+
+
+@pytest.mark.parametrize("branch", [0, 2])
+def test_an_update_follows_the_policy_gradient_written_out(branch):
+    """-mean of A_i w_k grad log pi(action_i), one member and one step at a time."""
+    lrpo = make(branch=branch, gt_weight=0.0, lr=0.0)
+    _, steps = lrpo.rollout(*BATCH)
+    A, w = torch.tensor([0.3, -1.0, 0.7, 1.2, -0.2, -1.0]), torch.tensor([1.5, 0.9, 0.6])
+    lrpo.update(steps, A, w, first=True)
+    mine = torch.cat([p.grad.flatten() for p in lrpo.net.parameters()])
+    loss, rows = 0.0, [0, 0, 0, 1, 1, 1] if branch else range(6)
+    for step in steps:
+        for i, row in enumerate(rows):
+            one = slice(row, row + 1)
+            mu, sigma, _ = lrpo.policy(step.x[one], step.lq[one], *lrpo.trained_steps[step.k])
+            log_prob = torch.distributions.Normal(mu, sigma).log_prob(step.action[i:i + 1]).mean()
+            loss = loss - A[i] * w[step.k] * log_prob / (6 * len(steps))
+    want = torch.cat([g.flatten() for g in torch.autograd.grad(loss, lrpo.net.parameters())])
+    want = want / max(1, want.norm())                       # the update's clipping
+    torch.testing.assert_close(mine, want, rtol=1e-3, atol=1e-6)
+
+
+def test_a_branched_step_is_rewarded_and_held_by_its_own_ground_truth():
+    pairs = []
+    lrpo = make(branch=1, gt_last=1,
+                reward=lambda x, gt: (pairs.append(gt), brightness(x, gt))[1])
+    assert lrpo.step(BATCH)["gt_loss"] > 0
+    assert torch.equal(pairs[0], BATCH[1][[0, 0, 0, 1, 1, 1]])
+    for seed in range(6):               # the likelihood's last step is not always the one drawn
+        lrpo = make(seed=seed, branch=2, gt_last=1)
+        stats = lrpo.step(BATCH)
+        assert (stats["gt_loss"] > 0) == (stats["branch_step"] == 2)
 
 
 @pytest.mark.parametrize("branch", [0, 2])
@@ -197,9 +228,11 @@ def test_a_reward_that_cannot_tell_moves_nothing_by_itself():
     assert torch.equal(before, parameters(lrpo))
 
 
-def test_reinforce_raises_the_reward():
+@pytest.mark.parametrize("branch", [0, 2])
+def test_reinforce_raises_the_reward(branch):
     """Policy gradient alone, no ground-truth likelihood: the mean brightness must go up."""
-    lrpo = make(reward=lambda x, gt: (x.mean(dim=(1, 2, 3)), {}), gt_weight=0.0, group=16, lr=1e-3)
+    lrpo = make(reward=lambda x, gt: (x.mean(dim=(1, 2, 3)), {}), gt_weight=0.0, group=16, lr=1e-3,
+                branch=branch)
     history = [lrpo.step(BATCH)["reward"] for _ in range(12)]
     assert sum(history[-3:]) / 3 > sum(history[:3]) / 3 + 0.02
 
