@@ -37,7 +37,7 @@ PRESETS = {
         size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
         steps=dict(sft=4500, frm=100, lrpo=80), batch_size=dict(sft=16, frm=32, lrpo=32),
         lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4), every=dict(sft=500, frm=50, lrpo=20),
-        ddim_steps=10, group=8, branch=4, gt_weight=3.5, rewards=OFFLINE, bf16="off"),
+        ddim_steps=10, group=8, branch=4, gt_weight=2.7, rewards=OFFLINE, bf16="off"),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
         steps=dict(sft=20_000, frm=200, lrpo=125), batch_size=dict(sft=64, frm=32, lrpo=16),
