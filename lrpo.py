@@ -119,8 +119,9 @@ class LRPO:
         and nothing else moves the reward within the group. Only that step is trained, by both
         terms. Before the division by the spread the gradient for that step is unbiased; the
         division gives every step the same say, however little it moves the reward. One state x_t
-        serves the group, so that a rollout of 32 groups calls the network half as often as a full
-        one of 4. (Ours; Flow-GRPO-Fast and MixGRPO turn the other noise off.)
+        serves the group: at K = 10 a step on 32 groups costs half the network calls of a full one
+        on 4, a backward pass counted as two. (Ours; Flow-GRPO-Fast and MixGRPO, as we know them,
+        turn the other noise off.)
     branch = 0: full trajectories, every noise its own, every step trained (the paper).
     ValueError for eta <= 0, or a branch that has no such steps.
     """
