@@ -21,41 +21,17 @@ from tqdm import tqdm
 
 import evaluate
 from data import Photos, UserError, sheet, train_batch
-from evaluate import Log, positive, whole
+from evaluate import Log
+from frm import FaceRewardModel, FaceRewardTraining
 from lrpo import LRPO
 from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensors, pick_device,
                    save_checkpoint)
-from rewards import (LPIPS, OFFLINE, FaceRewardModel, FaceRewardTraining, build_reward,
-                     parse_rewards)
+from rewards import LPIPS, build_reward, parse_rewards
+from settings import EMA_DECAY, WARMUP, parser, resolve
 
-# A value is one for every mode, or one for each. K = 50 and G = 9 are LRPO's code; the rest is
-# ours, `tiny` by measurement (docs/results.md), the larger ones by extrapolation from it.
-# gt_weight falls with the pixels: noise averages out in a mean, the likelihood's error does not.
-REAL = "face=.2,lpips=.5,dwt=.2,ssim=.1"    # ours: LRPO's .3 each bought LPIPS with PSNR (64 px)
-PRESETS = {
-    "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
-        size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
-        steps=dict(sft=4500, frm=100, lrpo=80), batch_size=dict(sft=16, frm=32, lrpo=32),
-        lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4), every=dict(sft=500, frm=50, lrpo=20),
-        ddim_steps=10, group=8, branch=4, gt_weight=2.7, rewards=OFFLINE, bf16="off"),
-    "small": dict(      # 64 px, a folder of faces, one GPU, minutes
-        size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
-        steps=dict(sft=20_000, frm=200, lrpo=125), batch_size=dict(sft=64, frm=32, lrpo=16),
-        lr=dict(sft=1e-3, frm=1e-3, lrpo=5e-5), every=dict(sft=1000, frm=100, lrpo=25),
-        ddim_steps=10, group=8, branch=4, gt_weight=0.8, rewards=REAL, bf16="on"),
-    "base": dict(       # 128 px, the paper's K and G, one GPU, hours
-        size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000,
-        steps=dict(sft=200_000, frm=2000, lrpo=1000), batch_size=dict(sft=32, frm=32, lrpo=4),
-        lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5), every=dict(sft=5000, frm=500, lrpo=50),
-        ddim_steps=50, group=9, branch=0, gt_weight=0.08, rewards=REAL, bf16="on"),
-}
-# Ours. A policy gradient is noisy: the average over some 50 rollouts is what improves.
-EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.98)
-WARMUP = dict(sft=100, frm=20, lrpo=2)              # steps of linear learning-rate warm-up (ours)
 VALIDATION = 64         # held-out images measured during training
 RESTORED_PAIRS = 512    # restorations that the face reward model learns from
 REWARDED_WITHOUT_FRM = "ssim=.5,dwt=.5"     # what sft's best.pt is chosen by: no frm exists yet
-METHODS = ["lrpo"]
 
 
 def build(args, device, generator, photos):
@@ -272,59 +248,6 @@ def demo(args):
     for name in ("rewards", "device", "lpips_net", "lpips_weights", "frm_weights", "data"):
         choice += [f"--{name}", flags[name]] if flags[name] else []
     evaluate.compare(evaluate.parser().parse_args(choice))
-
-
-def resolve(args) -> argparse.Namespace:
-    """A copy in which what the command line left open is filled from the preset."""
-    args = argparse.Namespace(**vars(args))
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value[args.mode] if isinstance(value, dict) else value)
-    args.out = args.out or f"runs/{args.mode}"
-    return args
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Train a face restorer, then improve it by rewards.")
-    flag = p.add_argument
-    flag("--mode", required=True, choices=["sft", "frm", "lrpo", "demo"])
-    flag("--preset", default="tiny", choices=list(PRESETS), help="a set of defaults (tiny)")
-    flag("--methods", nargs="+", default=["lrpo"], choices=METHODS, help="what demo compares")
-    flag("--data", help="folder of face photos (default: drawn faces)")
-    flag("--faces", type=positive, help="how many drawn faces to train on")
-    flag("--out", help="run folder (default runs/MODE; for demo the folder of all of them, runs)")
-    flag("--init", help="checkpoint to start from (default: sft/last.pt beside --out)")
-    flag("--resume", action="store_true", help="go on with the run in --out, exactly")
-    flag("--overwrite", action="store_true", help="start anew where --out holds a run")
-    flag("--steps", type=positive, help="calls of the method's step, in all")
-    flag("--minutes", type=float, help="stop after this much training time of this call")
-    flag("--every", type=positive, help="steps between measurements, with checkpoints")
-    flag("--batch_size", type=positive, help="images a step; for lrpo, groups")
-    flag("--lr", type=float, help="learning rate")
-    flag("--seed", type=int, default=0)
-    flag("--device", default="auto", help="auto, cpu, cuda")
-    flag("--bf16", choices=["on", "off"], help="network in bfloat16; likelihoods stay in float32")
-    flag("--size", type=positive, help="side of the images in pixels")
-    flag("--channels", type=positive, help="width of the first level")
-    flag("--mults", help="width of each level, as multiples: 1,2,4")
-    flag("--patch", type=positive, help="pixel-unshuffle before the network: 1 is none")
-    flag("--rewards", help="name=weight,... of ssim, dwt, lpips, face")
-    flag("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
-    flag("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")
-    flag("--frm_weights", help="face reward model (default: frm/last.pt beside --out)")
-    flag("--ddim_steps", type=positive, help="K, sampling steps")
-    flag("--eta", type=float, default=1.0, help="DDIM noise of the rollouts (1: LRPO)")
-    flag("--group", type=positive, help="G, restorations of one image")
-    flag("--branch", type=whole, help="a group parts at one of the last n steps (0: at each)")
-    flag("--updates", type=positive, default=2, help="optimiser steps on a rollout")
-    flag("--clip", type=float, help="of the ratio (default 1.64 / D)")
-    flag("--adv_std", default="group", choices=["group", "batch"], help="spread in the advantage")
-    flag("--noise_level_weights", default="on", choices=["on", "off"], help="LRPO strategy 3")
-    flag("--pg_weight", type=float, default=1.0, help="weight of the policy gradient")
-    flag("--gt_weight", type=float, help="weight of LRPO strategy 2 (0: off)")
-    flag("--gt_target", default="posterior", choices=["marginal", "posterior"])
-    flag("--gt_last", type=whole, default=0, help="strategy 2 on the last n trained steps (0: all)")
-    return p
 
 
 def main(argv=None):

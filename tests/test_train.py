@@ -12,6 +12,7 @@ from PIL import Image
 
 import evaluate
 import sample
+import settings
 import train
 from data import UserError
 
@@ -31,7 +32,7 @@ def little_work():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VALIDATION", 8)
         patch.setattr(train, "RESTORED_PAIRS", 8)
-        patch.setitem(train.PRESETS, "tiny", train.PRESETS["tiny"] | quick)
+        patch.setitem(settings.PRESETS, "tiny", settings.PRESETS["tiny"] | quick)
         yield
 
 
