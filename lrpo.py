@@ -100,8 +100,10 @@ class Step:
     x: Tensor               # (R, 3, H, W) x_t
     lq: Tensor              # (R, 3, H, W)
     gt: Tensor              # (R, 3, H, W)
+    x0_hat: Tensor          # (R, 3, H, W) what the clean image looked like from x_t
     action: Tensor          # (B, 3, H, W) x_{t-1}
     log_prob: Tensor        # (B,) under the policy that acted
+    advantage: Tensor = None    # (B,) once the restorations are scored
 
 
 class LRPO:
@@ -156,7 +158,7 @@ class LRPO:
             lq, gt = self.each(lq), self.each(gt)                               # (B, 3, H, W)
         x = gaussian(lq, self.generator)
         for k, (t, s) in enumerate(self.schedule):
-            mu, sigma, _ = self.policy(x, lq, t, s)
+            mu, sigma, x0_hat = self.policy(x, lq, t, s)
             if s < 0:
                 return mu, steps
             before = x, lq                                                      # (R, 3, H, W)
@@ -164,7 +166,8 @@ class LRPO:
                 mu, sigma, lq = self.each(mu), self.each(sigma), self.each(lq)
             if branch in (None, k):             # to each member of a group a noise of its own
                 x = mu + sigma * gaussian(mu, self.generator)                   # (B, 3, H, W)
-                steps.append(Step(k, *before, gt, x, gaussian_log_prob(x, mu, sigma)))
+                log_prob = gaussian_log_prob(x, mu, sigma)
+                steps.append(Step(k, *before, gt, x0_hat, x, log_prob))
             else:                               # one noise for the group
                 z = gaussian(mu[:P], self.generator)                            # (P, 3, H, W)
                 x = mu + sigma * z.repeat_interleave(len(mu) // P, dim=0)
@@ -192,49 +195,63 @@ class LRPO:
         mu_gt, _, _ = self.policy(step.x, step.lq, t, s, x0=step.gt)
         return -(((mu_gt - mu) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
 
+    @torch.no_grad()
+    def score(self, restored: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reward of each restoration (B,) and its parts; gt (P, 3, H, W)."""
+        return self.reward(restored, self.each(gt))
+
+    def assign_advantages(self, steps: list[Step], grouped: Tensor, weights: Tensor):
+        """Every step of a trajectory is credited with its reward, `grouped` (P, G)."""
+        advantage = group_advantages(grouped, self.adv_std).flatten()           # (B,)
+        for step in steps:
+            step.advantage = (advantage * weights[step.k]).clamp(-ADV_CLIP, ADV_CLIP)
+
+    def loss(self, step: Step, mu: Tensor, sigma: Tensor, pg: Tensor) -> tuple[Tensor, dict]:
+        """What one trained step adds to the loss, and its terms; mu, sigma (R, ...), pg (B,)."""
+        first = len(self.trained_steps) - self.gt_last if self.gt_last else 0
+        gt = gt_likelihood_loss(self.gt_log_prob(step, mu, sigma)).mean() * (step.k >= first)
+        pg = pg.mean()
+        return self.pg_weight * pg + self.gt_weight * gt, {"pg_loss": pg, "gt_loss": gt}
+
     def step(self, batch) -> dict[str, float]:
         """batch = (lq, gt), each (P, 3, H, W). Returns what happened, as floats."""
         restored, steps = self.rollout(*batch)
-        with torch.no_grad():
-            rewards, parts = self.reward(restored, self.each(batch[1]))         # (B,)
+        rewards, parts = self.score(restored, batch[1])                         # (B,)
         grouped = rewards.view(-1, self.group)                                  # (P, G)
-        advantage = group_advantages(grouped, self.adv_std).flatten()           # (B,)
-        weights = self.weights(batch[0][:1])                                    # (n,)
+        self.assign_advantages(steps, grouped, self.weights(batch[0][:1]))
         for u in range(self.updates):       # the figures of the last update are the ones that tell
-            stats = self.update(steps, advantage, weights, first=u == 0)
+            stats = self.update(steps, first=u == 0)
         if self.branch:
             stats["branch_step"] = steps[0].k       # the other figures depend on it
-        stats["no_spread"] = (grouped.std(dim=1, correction=0) < NO_SPREAD).float().mean().item()
+        spread = grouped.std(dim=1, correction=0)                               # (P,)
         return {"reward": rewards.mean().item(), **{k: v.mean().item() for k, v in parts.items()},
-                "reward_std": grouped.std(dim=1, correction=0).mean().item(), **stats}
+                "reward_std": spread.mean().item(), **stats,
+                "no_spread": (spread < NO_SPREAD).float().mean().item()}
 
-    def update(self, steps: list[Step], advantage: Tensor, weights: Tensor, first: bool) -> dict:
+    def update(self, steps: list[Step], first: bool) -> dict:
         """One optimiser step, on the mean over the steps of a rollout."""
-        n, D = len(self.trained_steps), steps[0].x[0].numel()
+        D = steps[0].x[0].numel()
         clip = default_clip(D) if self.clip is None else self.clip
-        gt_from = n - self.gt_last if self.gt_last else 0
-        ratios, pg_total, gt_total = [], 0.0, 0.0
+        ratios, terms = [], []
         self.optimizer.zero_grad()
         for step in steps:
             mu, sigma, _ = self.policy(step.x, step.lq, *self.trained_steps[step.k])
             copies = len(step.action) // len(mu)                                # G or 1
             log_prob = gaussian_log_prob(                                       # (B,)
                 step.action, *(u.repeat_interleave(copies, dim=0) for u in (mu, sigma)))
-            A = (advantage * weights[step.k]).clamp(-ADV_CLIP, ADV_CLIP)        # (B,)
-            pg, ratio = clipped_loss(log_prob, step.log_prob, A, clip)
-            gt = gt_likelihood_loss(self.gt_log_prob(step, mu, sigma)).mean() * (step.k >= gt_from)
-            loss = self.pg_weight * pg.mean() + self.gt_weight * gt
+            pg, ratio = clipped_loss(log_prob, step.log_prob, step.advantage, clip)
+            loss, parts = self.loss(step, mu, sigma, pg)
             (loss / len(steps)).backward()
             ratios.append(ratio.detach())
-            pg_total += pg.mean().item() / len(steps)
-            gt_total += gt.item() / len(steps)
+            terms.append(parts)
         ratio = torch.stack(ratios)                                             # (steps, B)
         if first and not (ratio - 1).abs().max() <= RATIO_SLACK:      # `not <=` catches NaN too
             raise RuntimeError(f"the ratio is off 1 by {(ratio - 1).abs().max():.1e} before any "
                                "update: rollout and update do not see the same policy")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
-        return {"pg_loss": pg_total, "gt_loss": gt_total, "grad_norm": grad_norm.item(),
+        return {**{name: sum(part[name].item() for part in terms) / len(terms)
+                   for name in terms[0]}, "grad_norm": grad_norm.item(),
                 "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
                 "clip_fraction": ((ratio - 1).abs() > clip).float().mean().item(),
                 "approx_kl": -ratio.log().mean().item()}     # E_old log(old / new), a dimension

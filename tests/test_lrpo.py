@@ -150,7 +150,9 @@ def test_an_update_follows_the_policy_gradient_written_out(branch):
     lrpo = make(branch=branch, gt_weight=0.0, lr=0.0)
     _, steps = lrpo.rollout(*BATCH)
     A, w = torch.tensor([0.3, -1.0, 0.7, 1.2, -0.2, -1.0]), torch.tensor([1.5, 0.9, 0.6])
-    lrpo.update(steps, A, w, first=True)
+    for step in steps:
+        step.advantage = A * w[step.k]
+    lrpo.update(steps, first=True)
     mine = torch.cat([p.grad.flatten() for p in lrpo.net.parameters()])
     loss, rows = 0.0, [0, 0, 0, 1, 1, 1] if branch else range(6)
     for step in steps:
@@ -162,6 +164,15 @@ def test_an_update_follows_the_policy_gradient_written_out(branch):
     want = torch.cat([g.flatten() for g in torch.autograd.grad(loss, lrpo.net.parameters())])
     want = want / max(1, want.norm())                       # the update's clipping
     torch.testing.assert_close(mine, want, rtol=1e-3, atol=1e-6)
+
+
+def test_each_step_is_credited_by_its_noise_level_up_to_the_clip():
+    lrpo, w = make(branch=0), torch.tensor([4.0, 0.5, -0.25])
+    _, steps = lrpo.rollout(*BATCH)
+    lrpo.assign_advantages(steps, torch.tensor([[.47, .49, .62], [3., 3., 3.]]), w)
+    for step in steps:
+        want = torch.tensor([-.8522, -.5514, 1.4035, 0, 0, 0]) * w[step.k]
+        torch.testing.assert_close(step.advantage, want.clamp(-5, 5), rtol=3e-3, atol=0)
 
 
 def test_a_branched_step_is_rewarded_and_held_by_its_own_ground_truth():
@@ -180,13 +191,14 @@ def test_a_branched_step_is_rewarded_and_held_by_its_own_ground_truth():
 def test_ratio_is_exactly_one_before_the_first_update(branch):
     lrpo = make(branch=branch)
     _, steps = lrpo.rollout(*BATCH)
-    adv, w = torch.ones(6), lrpo.weights(BATCH[0])
-    first = lrpo.update(steps, adv, w, first=True)
+    for step in steps:
+        step.advantage = torch.ones(6)
+    first = lrpo.update(steps, first=True)
     assert first["ratio_mean"] == 1.0 and first["ratio_max"] == 1.0 and first["clip_fraction"] == 0
-    second = lrpo.update(steps, adv, w, first=False)
+    second = lrpo.update(steps, first=False)
     assert second["ratio_max"] != 1.0
     with pytest.raises(RuntimeError, match="off 1"):
-        lrpo.update(steps, adv, w, first=True)  # the policy has moved: that must not pass for first
+        lrpo.update(steps, first=True)     # the policy has moved: that must not pass for first
 
 
 def parameters(lrpo):
