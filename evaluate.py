@@ -121,6 +121,11 @@ def compare(args) -> dict:
     print(f"{len(gt)} held-out images ({facts['data']}) of {size} px, K = {K}, eta = {args.eta}, "
           f"seed {args.seed}; reward = {formula}")
     print(table(rows))
+    if args.quartiles:
+        easiest_first = (lq - gt).abs().mean(dim=(1, 2, 3)).argsort().cpu()
+        for q, part in enumerate(easiest_first.tensor_split(4), 1):
+            print(f"\nquartile {q} of 4 by the L1 distance of LQ from the ground truth, 4 the hardest")
+            print(table({label: {k: v[part] for k, v in row.items()} for label, row in rows.items()}))
     print(f"{out}/comparison.png: LQ | {' | '.join(labels)} | ground truth")
     return means
 
@@ -164,6 +169,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints, the baseline first")
     p.add_argument("--data", help="folder of photos with held-out files (default: as trained)")
     p.add_argument("--n", type=positive, default=200, help="how many held-out images (default 200)")
+    p.add_argument("--quartiles", action="store_true", help="also a table for each quarter of the "
+                   "images, by how far LQ is from the ground truth")
     p.add_argument("--rewards", help="name=weight,... (default: as the first checkpoint)")
     p.add_argument("--frm_weights", help="face reward model (default: frm/last.pt beside the run)")
     p.add_argument("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])

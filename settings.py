@@ -8,35 +8,51 @@ import argparse
 from evaluate import positive, whole
 from rewards import OFFLINE
 
-METHODS = ["lrpo"]      # what starts from an SFT restorer
+METHODS = ["lrpo", "refl", "darl"]      # what starts from an SFT restorer
 # A value is one for every mode, or one for each.
 # gt_weight falls with the pixels: noise averages out in a mean, the likelihood's error does not.
 REAL = "face=.2,lpips=.5,dwt=.2,ssim=.1"    # ours: LRPO's .3 each bought LPIPS with PSNR (64 px)
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
         size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
-        steps=dict(sft=4500, frm=100, lrpo=80), batch_size=dict(sft=16, frm=32, lrpo=32),
-        lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4), every=dict(sft=500, frm=50, lrpo=20),
+        steps=dict(sft=4500, frm=100, lrpo=80, refl=300, darl=80),
+        batch_size=dict(sft=16, frm=32, lrpo=32, refl=16, darl=32),
+        lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4, refl=1e-4, darl=1e-4),
+        every=dict(sft=500, frm=50, lrpo=20, refl=50, darl=20),
         ddim_steps=10, group=8, branch=4, gt_weight=2.7, rewards=OFFLINE, bf16="off"),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
-        steps=dict(sft=20_000, frm=200, lrpo=125), batch_size=dict(sft=64, frm=32, lrpo=16),
-        lr=dict(sft=1e-3, frm=1e-3, lrpo=5e-5), every=dict(sft=1000, frm=100, lrpo=25),
+        steps=dict(sft=20_000, frm=200, lrpo=125, refl=300, darl=125),
+        batch_size=dict(sft=64, frm=32, lrpo=16, refl=16, darl=16),
+        lr=dict(sft=1e-3, frm=1e-3, lrpo=5e-5, refl=5e-5, darl=5e-5),
+        every=dict(sft=1000, frm=100, lrpo=25, refl=50, darl=25),
         ddim_steps=10, group=8, branch=4, gt_weight=0.8, rewards=REAL, bf16="on"),
     "base": dict(       # 128 px, the paper's K and G, one GPU, hours
         size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000,
-        steps=dict(sft=200_000, frm=2000, lrpo=1000), batch_size=dict(sft=32, frm=32, lrpo=4),
-        lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5), every=dict(sft=5000, frm=500, lrpo=50),
+        steps=dict(sft=200_000, frm=2000, lrpo=1000, refl=3500, darl=1000),
+        batch_size=dict(sft=32, frm=32, lrpo=4, refl=4, darl=4),
+        lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5, refl=5e-5, darl=3e-5),
+        every=dict(sft=5000, frm=500, lrpo=50, refl=500, darl=50),
         ddim_steps=50, group=9, branch=0, gt_weight=0.08, rewards=REAL, bf16="on"),
 }
 # Ours. A policy gradient is noisy: the average over some 50 rollouts is what improves.
-EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.98)
-WARMUP = dict(sft=100, frm=20, lrpo=2)              # steps of linear learning-rate warm-up (ours)
+EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.98, refl=0.99, darl=0.98)
+WARMUP = dict(sft=100, frm=20, lrpo=2, refl=10, darl=2)              # steps of linear learning-rate warm-up (ours)
+
+# Flags that only some modes read; a run of another mode goes on without regard to them.
+OWN = {("lrpo", "darl"): {"eta", "group", "branch", "updates", "clip", "adv_std",
+                          "noise_level_weights"},
+       ("lrpo",): {"pg_weight", "gt_weight", "gt_target", "gt_last"},
+       ("darl",): {"blend", "sft_weight", "kl_weight", "stepwise"},
+       ("refl",): {"refl_last", "struct_weight", "reg_weight", "reg", "denoise_weight",
+                   "frm_update_every", "frm_lr"}}
 
 
 def resolve(args) -> argparse.Namespace:
     """A copy in which what the command line left open is filled from the preset."""
     args = argparse.Namespace(**vars(args))
+    if args.mode == "darl" and args.rewards is None:        # a score without ground truth
+        args.rewards = "face=1"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.mode] if isinstance(value, dict) else value)
@@ -44,12 +60,24 @@ def resolve(args) -> argparse.Namespace:
     return args
 
 
+def blend(text: str) -> str:
+    """An argparse type: adaptive, hard, easy or a number from 0 to 1."""
+    try:
+        good = text in ("adaptive", "hard", "easy") or 0 <= float(text) <= 1
+    except ValueError:
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of adaptive, hard, easy, 0 to 1")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Train a face restorer, then improve it by rewards.")
     flag = p.add_argument
-    flag("--mode", required=True, choices=["sft", "frm", "lrpo", "demo"])
+    flag("--mode", required=True, choices=["sft", "frm", *METHODS, "demo"])
     flag("--preset", default="tiny", choices=list(PRESETS), help="a set of defaults (tiny)")
-    flag("--methods", nargs="+", default=["lrpo"], choices=METHODS, help="what demo compares")
+    flag("--methods", nargs="+", default=["lrpo"], choices=[*METHODS, "all"],
+         help="what demo compares (lrpo)")
     flag("--data", help="folder of face photos (default: drawn faces)")
     flag("--faces", type=positive, help="how many drawn faces to train on")
     flag("--out", help="run folder (default runs/MODE; for demo the folder of all of them, runs)")
@@ -84,4 +112,17 @@ def parser() -> argparse.ArgumentParser:
     flag("--gt_weight", type=float, help="weight of LRPO strategy 2 (0: off)")
     flag("--gt_target", default="posterior", choices=["marginal", "posterior"])
     flag("--gt_last", type=whole, default=0, help="strategy 2 on the last n trained steps (0: all)")
+    flag("--refl_last", type=positive, default=2, help="the step with gradient: of the last n")
+    flag("--struct_weight", type=float, default=1.0, help="refl: low-pass L1 to the ground truth")
+    flag("--reg_weight", type=float, default=0.01, help="refl: distance from the frozen network")
+    flag("--reg", default="features", choices=["features", "weights"], help="... measured in")
+    flag("--denoise_weight", type=float, default=0.0, help="refl: the supervised loss")
+    flag("--frm_update_every", type=whole, default=10, help="refl: steps (0: a frozen reward model)")
+    flag("--frm_lr", type=float, default=1e-4, help="refl: learning rate of its reward model")
+    flag("--blend", type=blend, default="adaptive", help="darl: share of RL in an image's loss: "
+         "adaptive, hard (above the mean difficulty only), easy, or a number from 0 to 1")
+    flag("--sft_weight", type=float, default=1.0, help="darl: weight of the supervised loss")
+    flag("--kl_weight", type=float, default=0.0, help="darl: KL from the policy it started as")
+    flag("--stepwise", default="off", choices=["on", "off"], help="darl: credit each step with what "
+         "is gained after it (needs --branch 0)")
     return p

@@ -20,14 +20,16 @@ import torch
 from tqdm import tqdm
 
 import evaluate
+from darl import DARL
 from data import Photos, UserError, sheet, train_batch
 from evaluate import Log
 from frm import FaceRewardModel, FaceRewardTraining
 from lrpo import LRPO
 from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensors, pick_device,
                    save_checkpoint)
+from refl import ReFL
 from rewards import LPIPS, build_reward, parse_rewards
-from settings import EMA_DECAY, WARMUP, parser, resolve
+from settings import EMA_DECAY, METHODS, OWN, WARMUP, parser, resolve
 
 VALIDATION = 64         # held-out images measured during training
 RESTORED_PAIRS = 512    # restorations that the face reward model learns from
@@ -78,12 +80,24 @@ def build(args, device, generator, photos):
     reward = build_reward(weights, device, frm, args.lpips_net, args.lpips_weights)
     if args.mode == "sft":
         method = SFT(net, diffusion, generator, args.lr)
+    elif args.mode == "refl":
+        method = ReFL(net, diffusion, reward, generator, lr=args.lr, K=args.ddim_steps,
+                      last=args.refl_last, struct_weight=args.struct_weight,
+                      reg_weight=args.reg_weight, reg=args.reg, denoise_weight=args.denoise_weight,
+                      frm_update_every=args.frm_update_every, frm_lr=args.frm_lr)
     else:
-        method = LRPO(net, diffusion, reward, generator, lr=args.lr, K=args.ddim_steps,
-                      eta=args.eta, group=args.group, updates=args.updates, clip=args.clip,
-                      adv_std=args.adv_std, noise_weights=args.noise_level_weights == "on",
-                      pg_weight=args.pg_weight, gt_weight=args.gt_weight,
-                      gt_target=args.gt_target, gt_last=args.gt_last, branch=args.branch)
+        policy = dict(lr=args.lr, K=args.ddim_steps, eta=args.eta, group=args.group,
+                      updates=args.updates, clip=args.clip, adv_std=args.adv_std,
+                      noise_weights=args.noise_level_weights == "on", branch=args.branch)
+        if args.mode == "lrpo":
+            method = LRPO(net, diffusion, reward, generator, **policy, pg_weight=args.pg_weight,
+                          gt_weight=args.gt_weight, gt_target=args.gt_target,
+                          gt_last=args.gt_last)
+        else:
+            lpips = args.lpips_weights and LPIPS(args.lpips_net, args.lpips_weights).to(device)
+            method = DARL(net, diffusion, reward, generator, **policy, blend=args.blend,
+                          sft_weight=args.sft_weight, kl_weight=args.kl_weight,
+                          stepwise=args.stepwise == "on", lpips=lpips)
 
     def validate(averaged):
         x = evaluate.restore(averaged, lq, args.ddim_steps, evaluate.EVAL_ETA, seed=0)
@@ -107,7 +121,7 @@ def train(args):
         method, validate = build(args, device, generator, photos)
     except ValueError as error:         # a face, a network or a method that cannot be had
         raise UserError(f"--preset {args.preset} with these flags: {error}") from None
-    ema = EMA(method.net, EMA_DECAY[args.mode], from_scratch=args.mode != "lrpo")
+    ema = EMA(method.net, EMA_DECAY[args.mode], from_scratch=args.mode not in METHODS)
     start, best = 0, -math.inf
     if saved:
         start, best = restore_run(saved, args, method, ema, generator)
@@ -151,6 +165,8 @@ def train(args):
         if figures:
             log.write()
             log.curves(out / "curves.png")
+            if hasattr(method, "picture"):
+                method.picture(log.rows, out)
         bar.set_postfix({k: f"{v:.3g}" for k, v in list(stats.items())[:1]})
         clock = time.perf_counter()         # measuring and saving are not training time
         if stop:
@@ -167,15 +183,16 @@ def check(args):
     if last.exists() and not args.resume and not args.overwrite:
         raise UserError(f"--out {args.out}: holds a run already; --resume it, or --overwrite it")
     terms = parse_rewards(args.rewards)
-    if args.mode == "lrpo":
+    if args.mode in ("lrpo", "darl"):
         if args.eta <= 0:
-            raise UserError("--eta must be above 0 in lrpo: without noise a step has no likelihood")
+            raise UserError(f"--eta must be above 0 in {args.mode}: without noise a step has no "
+                            "likelihood")
         if args.group < 2 or args.ddim_steps < 2:
-            raise UserError("--group and --ddim_steps must be 2 or more in lrpo")
+            raise UserError(f"--group and --ddim_steps must be 2 or more in {args.mode}")
         if args.branch >= args.ddim_steps:
             raise UserError(f"--branch {args.branch}: must be below --ddim_steps {args.ddim_steps}")
-        if "lpips" in terms:
-            LPIPS(args.lpips_net, args.lpips_weights)
+    if args.mode in METHODS and "lpips" in terms:
+        LPIPS(args.lpips_net, args.lpips_weights)
 
 
 def plan(args, net, photos: int, start: int) -> str:
@@ -183,9 +200,11 @@ def plan(args, net, photos: int, start: int) -> str:
     size = sum(p.numel() for p in net.parameters()) / 1e6
     text = (f"{args.mode}: {photos:,} training photos of {args.size} px, {size:.2f} M parameters, "
             f"steps {start} to {args.steps} of {args.batch_size} images")
-    if args.mode == "lrpo":
+    if args.mode in ("lrpo", "darl"):
         text += (f" x {args.group} restorations of {args.ddim_steps} DDIM steps, branch "
-                 f"{args.branch}, {args.updates} updates a rollout; rewards {args.rewards}")
+                 f"{args.branch}, {args.updates} updates a rollout")
+    if args.mode in METHODS:
+        text += f"; rewards {args.rewards}"
     return f"{text}{f'; at most {args.minutes:.2g} minutes' if args.minutes else ''}; to {args.out}"
 
 
@@ -195,13 +214,15 @@ def run_state(args, method, ema, generator, step: int, best: float) -> dict:
     return {"mode": args.mode, "step": step, "best": best, "args": vars(args), "config": config,
             "model": method.net.state_dict(), "ema": ema.net.state_dict(),
             "ema_updates": ema.updates, "optimizer": method.optimizer.state_dict(),
+            "method": method.state_dict() if hasattr(method, "state_dict") else {},
             "generator": generator.get_state()}
 
 
 def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
     """Everything back to where run_state left it; returns the next step and the best score."""
     was, now = saved["args"], vars(args)
-    for name in {*was, *now} - FREE_ON_RESUME:
+    foreign = set().union(*(names for modes, names in OWN.items() if args.mode not in modes))
+    for name in {*was, *now} - FREE_ON_RESUME - foreign:
         if was.get(name) != now.get(name):
             raise UserError(f"--resume: {args.out} was run with --{name} {was.get(name)}, "
                             f"not {now.get(name)}")
@@ -211,6 +232,8 @@ def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
     ema.net.load_state_dict(saved["ema"])
     ema.updates = saved["ema_updates"]
     method.optimizer.load_state_dict(saved["optimizer"])
+    if saved["method"]:
+        method.load_state_dict(saved["method"])
     generator.set_state(saved["generator"])
     return saved["step"], saved["best"]
 
@@ -222,7 +245,8 @@ FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overw
 
 def demo(args):
     """sft, frm, each method of --methods, sft trained on for as long as they took; a table."""
-    root, stages = Path(args.out), ["sft", "frm", *args.methods]
+    methods = METHODS if "all" in args.methods else args.methods
+    root, stages = Path(args.out), ["sft", "frm", *methods]
 
     def stage(mode, name, **changes):
         return resolve(argparse.Namespace(
@@ -240,10 +264,10 @@ def demo(args):
     # The baseline that any method must beat: supervised training for the same extra wall time.
     shutil.rmtree(root / "sft_longer", ignore_errors=True)
     shutil.copytree(root / "sft", root / "sft_longer")
-    extra = seconds("frm") + max(seconds(m) for m in args.methods)
+    extra = seconds("frm") + max(seconds(m) for m in methods)
     train(stage("sft", "sft_longer", resume=True, overwrite=False, minutes=extra / 60,
                 steps=100 * runs["sft"].steps))
-    ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *args.methods]]
+    ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *methods]]
     choice, flags = ["--out", str(root / "evaluation"), "--ckpt", *ckpts], vars(runs["sft"])
     for name in ("rewards", "device", "lpips_net", "lpips_weights", "frm_weights", "data"):
         choice += [f"--{name}", flags[name]] if flags[name] else []
@@ -257,7 +281,7 @@ def main(argv=None):
     args = resolve(given)
     frm = Path(args.out).parent / "frm" / "last.pt"
     check(args)
-    if (args.mode == "lrpo" and "face" in parse_rewards(args.rewards) and not args.frm_weights
+    if (args.mode in METHODS and "face" in parse_rewards(args.rewards) and not args.frm_weights
             and not frm.exists()):
         print(f"no face reward model at {frm}: training one first")
         own = dict(mode="frm", out=str(frm.parent), resume=False, minutes=None, steps=None,

@@ -28,7 +28,7 @@ def run(mode, out, *more, steps=3):
 
 @pytest.fixture(scope="module", autouse=True)
 def little_work():
-    quick = {"steps": {"sft": 3, "frm": 3, "lrpo": 3}, "batch_size": 4, "every": 3}
+    quick = {"steps": 3, "batch_size": 4, "every": 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VALIDATION", 8)
         patch.setattr(train, "RESTORED_PAIRS", 8)
@@ -75,11 +75,12 @@ def same(a, b, where=""):
         assert a == b, where
 
 
-@pytest.mark.parametrize("mode", ["sft", "frm", "lrpo"])
+@pytest.mark.parametrize("mode", ["sft", "frm", "lrpo", "refl", "darl"])
 def test_resume_is_bit_for_bit(runs, tmp_path, mode):
     """6 steps = 3 + stop + resume + 3: every tensor of the checkpoint, and the log."""
     beside = ["--init", str(runs / "sft" / "last.pt")] if mode != "sft" else []
-    beside += ["--frm_weights", str(runs / "frm" / "last.pt")] if mode == "lrpo" else []
+    beside += ["--frm_weights", str(runs / "frm" / "last.pt")] if mode not in ("sft", "frm") else []
+    beside += ["--frm_update_every", "2", "--reg_weight", "1"] if mode == "refl" else []
     whole = run(mode, tmp_path / "whole", *beside, steps=6)
     run(mode, tmp_path / "parts", *beside, steps=3)
     parts = run(mode, tmp_path / "parts", *beside, "--resume", steps=6)
@@ -103,9 +104,14 @@ def test_evaluate_and_sample(runs, tmp_path, capsys):
     ckpts = [str(runs / m / "last.pt") for m in ("sft", "lrpo")]
     evaluate.compare(evaluate.parser().parse_args(
         ["--ckpt", *ckpts, "--n", "6", "--out", str(tmp_path / "e"), "--device", "cpu",
-         "--rewards", "ssim=.4,dwt=.3,face=.3"]))
+         "--rewards", "ssim=.4,dwt=.3,face=.3", "--quartiles"]))
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["LQ", "sft", "lrpo"]
+    assert [line.split("|")[1].strip() for line in table[2:5]] == ["LQ", "sft", "lrpo"]
+    psnr = [[float(line.split("|")[2].split()[0]) for line in table if line.startswith(f"| {row} ")]
+            for row in ("LQ", "sft", "lrpo")]               # of all images, then of each quarter
+    for overall, *quarters in psnr:     # six images: quarters of two, two, one and one
+        assert sum(q * n for q, n in zip(quarters, (2, 2, 1, 1))) / 6 == pytest.approx(overall, abs=.02)
+    assert psnr[0][1] > psnr[0][4]      # the easiest are nearest to their ground truth
     figures = json.loads((tmp_path / "e" / "metrics.json").read_text())
     row = figures["rows"]["lrpo"]
     want = sum(w * row[f"r_{name}"] for name, w in figures["rewards"].items())
@@ -154,9 +160,10 @@ def test_sample_loses_nothing(tmp_path, runs):
 
 def test_demo_runs_the_whole_story(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.main(["--mode", "demo", "--steps", "2", *SMALL])
+    train.main(["--mode", "demo", "--steps", "2", *SMALL, "--methods", "all"])
     out = capsys.readouterr().out
-    assert all(f"| {row} |" in out for row in ("LQ", "sft", "sft_longer", "lrpo"))
+    assert all(f"| {row} |" in out for row in ("LQ", "sft", "sft_longer", "lrpo", "refl", "darl"))
+    assert (tmp_path / "runs" / "darl" / "blend.png").exists()
     assert (tmp_path / "runs" / "evaluation" / "comparison.png").exists()
 
 
@@ -179,6 +186,10 @@ MISTAKES = {
     "nothing left to do": (["--mode", "sft", "--resume", "--out", "{runs}/sft"], "more --steps"),
     "another mode's run": (["--mode", "frm", "--resume", "--init", "{sft}", "--out", "{runs}/sft"],
                            "was run with --"),
+    "step-wise rewards with a branch": (["--mode", "darl", "--init", "{sft}", "--frm_weights",
+                                         "{runs}/frm/last.pt", "--stepwise", "on"], "--branch 0"),
+    "a late step beyond the first": (["--mode", "refl", "--init", "{sft}", "--rewards", "ssim=1",
+                                      "--refl_last", "4"], "1 to K = 3"),
     "a branch too long": (["--mode", "lrpo", "--init", "{sft}", "--branch", "3"], "--branch 3"),
     "a group of one": (["--mode", "lrpo", "--init", "{sft}", "--group", "1"], "--group"),
     "another network": (["--mode", "sft", "--resume", "--patch", "1", "--out", "{runs}/sft"],

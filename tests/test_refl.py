@@ -1,0 +1,175 @@
+"""ReFL's gradient against finite differences, and what may hold a graph, move or stay."""
+import pytest
+import torch
+
+from data import UserError
+from frm import FaceRewardModel
+from model import Config, Diffusion, UNet
+from refl import ReFL, feature_distance, structure_loss, weight_distance
+from rewards import CompositeReward, ssim
+
+
+def noise(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Reward:
+    """As CompositeReward, in the precision of its input (that one is float32 by contract)."""
+
+    def __init__(self, face):
+        self.weights, self.terms = {"face": 0.7, "ssim": 0.3}, {"face": face, "ssim": ssim}
+
+    def __call__(self, x, gt):
+        parts = {name: term(x, gt) for name, term in self.terms.items()}
+        return sum(w * parts[name] for name, w in self.weights.items()), parts
+
+
+def make(seed=0, reward=None, **changes):
+    torch.manual_seed(seed)
+    net = UNet(Config(size=16, channels=8, mults=(1, 2), patch=2))
+    torch.nn.init.normal_(net.head[-1].weight, std=0.05)
+    face = FaceRewardModel().requires_grad_(False)
+    return ReFL(net, Diffusion(net.config), reward or Reward(face),
+                torch.Generator().manual_seed(seed), **dict(K=4, lr=1e-3) | changes)
+
+
+BATCH = (noise(1, 2, 3, 16, 16).clamp(-1, 1), noise(2, 2, 3, 16, 16).clamp(-1, 1))
+
+
+def parameters(net):
+    return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("reg", ["features", "weights"])
+def test_the_gradient_of_each_loss_is_its_finite_difference(reg):
+    refl = make(reg=reg, denoise_weight=1.0)
+    lq, gt, x = (u.double() for u in (*BATCH, noise(3, 2, 3, 16, 16)))
+    for net in (refl.net, refl.frozen, refl.frm):
+        net.double()
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():           # away from the frozen copy, where the distance is not flat
+        for p in refl.net.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=g, dtype=p.dtype)
+
+    def losses():
+        refl.generator.manual_seed(5)
+        return refl.losses(x, lq, gt, k=2)[0]
+    names, params = ["reward", "struct", "reg", "denoise"], list(refl.net.parameters())
+    values = losses()
+    assert list(values) == names
+    grads = {name: torch.autograd.grad(values[name], params, retain_graph=True, allow_unused=True)
+             for name in names}
+
+    @torch.no_grad()
+    def move(direction, h):
+        for p, v in zip(params, direction):
+            p += h * v
+    for _ in range(6):
+        direction = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in params]
+        ends = []
+        for h in (1e-6, -2e-6):         # to +1e-6, then from there to -1e-6
+            move(direction, h)
+            ends.append({k: loss.item() for k, loss in losses().items()})
+        move(direction, 1e-6)
+        for name in names:
+            want = (ends[0][name] - ends[1][name]) / 2e-6
+            mine = sum((u * v).sum().item() for u, v in zip(grads[name], direction)
+                       if u is not None)
+            assert mine == pytest.approx(want, rel=1e-5, abs=1e-7), name
+
+
+def test_exactly_one_network_call_holds_a_graph():
+    refl, graded = make(), []
+    refl.net.register_forward_hook(lambda net, _, out: graded.append(out.requires_grad))
+    refl.frozen.register_forward_hook(lambda net, _, out: graded.append(out.requires_grad))
+    for _ in range(4):
+        graded.clear()
+        k = refl.step(BATCH)["late_step"]
+        assert graded == [False] * k + [True, False]        # the roll, the step, the frozen copy
+
+
+def test_the_late_step_is_one_of_the_last():
+    refl = make(K=5, last=3)
+    assert {refl.step(BATCH)["late_step"] for _ in range(20)} == {2, 3, 4}
+    assert {make(last=1).step(BATCH)["late_step"]} == {3}
+    with pytest.raises(ValueError, match="last must be 1 to K = 4"):
+        make(last=5)
+
+
+def test_roll_draws_a_fresh_eta_for_each_step():
+    refl, g = make(), torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH[0].shape, generator=g)
+    for t, s in refl.schedule[:3]:
+        eta = torch.rand((), generator=g).item()
+        with torch.no_grad():
+            mu, sigma, _ = refl.diffusion.ddim_step(refl.net, x, BATCH[0], t, s, eta)
+        x = mu + sigma * torch.randn(x.shape, generator=g)
+    torch.testing.assert_close(refl.roll(BATCH[0], 3), x)
+
+
+def test_a_reward_without_gradient_is_refused_by_name():
+    face = FaceRewardModel().requires_grad_(False)
+    blind = CompositeReward({"face": 0.5, "ssim": 0.5}, face)
+    blind.terms["ssim"] = lambda x, gt: ssim(x.detach(), gt)
+    with pytest.raises(UserError, match="--rewards ssim: passes no gradient"):
+        make(reward=blind)
+
+
+def test_the_distances_in_closed_form():
+    a, b = [torch.zeros(2, 3), torch.ones(4)], [torch.full((2, 3), 2.0), torch.full((4,), 4.0)]
+    assert feature_distance(a, b).item() == 4 + 9
+    one, two = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    want = (one.weight - two.weight).norm() ** 2 + (one.bias - two.bias).norm() ** 2
+    torch.testing.assert_close(weight_distance(one, two), want)
+    flat = torch.zeros(1, 3, 16, 16)
+    assert structure_loss(flat + 0.2, flat).item() == pytest.approx(0.1)        # on [0, 1]
+
+
+def test_the_feature_distance_sees_every_residual_block():
+    from model import ResBlock
+    refl = make()
+    x = noise(3, 2, 3, 16, 16)
+    assert refl.losses(x, *BATCH, k=3)[0]["reg"].item() == 0
+    for block in (m for m in refl.net.modules() if isinstance(m, ResBlock)):
+        with torch.no_grad():
+            block.conv2.bias += 0.1
+            assert refl.losses(x, *BATCH, k=3)[0]["reg"].item() > 0
+            block.conv2.bias -= 0.1
+
+
+@pytest.mark.parametrize("change", [dict(struct_weight=0.0), dict(reg_weight=0.0),
+                                    dict(denoise_weight=5.0), dict(reg="weights")])
+def test_each_switch_changes_the_update_and_not_the_roll(change):
+    ends = []
+    for settings in ({}, {}, change):
+        refl = make(**dict(reg_weight=1.0, struct_weight=5.0, frm_update_every=0) | settings)
+        first = refl.step(BATCH)["face"]
+        refl.step(BATCH)                # the distance from the frozen copy is 0 at the first
+        ends.append((first, parameters(refl.net)))
+    assert torch.equal(ends[0][1], ends[1][1]) and not torch.equal(ends[0][1], ends[2][1])
+    assert ends[0][0] == ends[2][0]
+
+
+def test_the_reward_rises_and_the_judge_stays():
+    face = FaceRewardModel().requires_grad_(False)
+    reward = CompositeReward({"face": 1.0}, face)
+    refl, before = make(reward=reward, frm_update_every=2, frm_lr=1e-3), parameters(face)
+    history = [refl.step(BATCH) for _ in range(8)]
+    assert torch.equal(before, parameters(face))            # the reward that judges is not moved
+    assert not torch.equal(before, parameters(refl.frm))    # its copy is
+    assert all(p.grad is None for p in face.parameters())
+    assert ["frm_loss" in stats for stats in history] == [False, True] * 4
+    frozen = make(reward=reward, frm_update_every=0)
+    history = [frozen.step(BATCH) for _ in range(8)]
+    assert history[-1]["loss_reward"] < history[0]["loss_reward"] - 0.01
+    assert not any("frm_loss" in stats for stats in history)
+    assert torch.equal(before, parameters(frozen.frm))
+
+
+def test_the_dynamic_reward_model_learns_to_prefer_the_photo():
+    refl = make(frm_lr=1e-3)
+    restored, lq, gt = (noise(s, 8, 3, 16, 16).clamp(-1, 1) * w for s, w in ((6, 1), (7, .5), (8, .2)))
+    for _ in range(30):
+        stats = refl.update_frm(restored, lq, gt)
+    assert stats["frm_accuracy"] == 1 and stats["frm_loss"] < 0.3
+    assert not any(p.requires_grad for p in refl.frm.parameters())
