@@ -68,10 +68,14 @@ def parser() -> argparse.ArgumentParser:
     flag("--channels", type=positive, help="width of the first level")
     flag("--mults", help="width of each level, as multiples: 1,2,4")
     flag("--patch", type=positive, help="pixel-unshuffle before the network: 1 is none")
-    flag("--rewards", help="name=weight,... of ssim, dwt, lpips, face")
+    flag("--rewards", help="name=weight,..., or a set: paper, paper-alt, card, offline")
     flag("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
     flag("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")
-    flag("--frm_weights", help="face reward model (default: frm/last.pt beside --out)")
+    flag("--clip_weights", help="file of CLIP RN50 (default: fetched)")
+    flag("--frm_weights", help="face reward model (default: frm/last.pt beside --out); frm starts "
+         "from it")
+    flag("--labels", default="known", help="what frm learns from: known (pairs of known order), "
+         "svm (also pairs that an SVM labels), or a CSV of a person's labels, which teach the SVM")
     flag("--ddim_steps", type=positive, help="K, sampling steps")
     flag("--eta", type=float, default=1.0, help="DDIM noise of the rollouts (1: LRPO)")
     flag("--group", type=positive, help="G, restorations of one image")

@@ -22,11 +22,12 @@ from tqdm import tqdm
 import evaluate
 from data import Photos, UserError, sheet, train_batch
 from evaluate import Log
-from frm import FaceRewardModel, FaceRewardTraining
+from frm import FaceRewardModel, FaceRewardTraining, load_face_reward
+from labels import label_pairs, read_labels, unknown_pairs
 from lrpo import LRPO
 from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensors, pick_device,
                    save_checkpoint)
-from rewards import LPIPS, build_reward, parse_rewards
+from rewards import build_reward, parse_rewards
 from settings import EMA_DECAY, WARMUP, parser, resolve
 
 VALIDATION = 64         # held-out images measured during training
@@ -64,8 +65,13 @@ def build(args, device, generator, photos):
         print(f"restoring {n} training photos with {init}, for the face reward model to tell apart")
         restored = evaluate.restore(net, pool_lq, args.ddim_steps, args.eta, args.seed)
         held = evaluate.restore(net, lq, args.ddim_steps, args.eta, args.seed)
-        face = FaceRewardModel().to(device)
-        method = FaceRewardTraining(face, generator, restored, pool_gt, args.lr)
+        face = load_face_reward(args.frm_weights) if args.frm_weights else FaceRewardModel()
+        labelled = None
+        if args.labels != "known":
+            unknown = unknown_pairs(net, photos, n, args.ddim_steps, args.eta, args.seed + 2)
+            labelled = label_pairs(args.labels, pool_gt, unknown, args.seed)
+        method = FaceRewardTraining(face.to(device), generator, restored, pool_gt, args.lr,
+                                    labelled)
 
         def validate(averaged):
             score = [averaged.score(u) for u in (gt, lq, held)]
@@ -75,7 +81,8 @@ def build(args, device, generator, photos):
 
     weights = parse_rewards(REWARDED_WITHOUT_FRM if args.mode == "sft" else args.rewards)
     frm = args.frm_weights or beside / "frm" / "last.pt"
-    reward = build_reward(weights, device, frm, args.lpips_net, args.lpips_weights)
+    reward = build_reward(weights, device, frm, args.lpips_net, args.lpips_weights,
+                          args.clip_weights)
     if args.mode == "sft":
         method = SFT(net, diffusion, generator, args.lr)
     else:
@@ -167,6 +174,8 @@ def check(args):
     if last.exists() and not args.resume and not args.overwrite:
         raise UserError(f"--out {args.out}: holds a run already; --resume it, or --overwrite it")
     terms = parse_rewards(args.rewards)
+    if args.mode == "frm" and args.labels not in ("known", "svm"):
+        read_labels(args.labels, args.size)
     if args.mode == "lrpo":
         if args.eta <= 0:
             raise UserError("--eta must be above 0 in lrpo: without noise a step has no likelihood")
@@ -174,8 +183,8 @@ def check(args):
             raise UserError("--group and --ddim_steps must be 2 or more in lrpo")
         if args.branch >= args.ddim_steps:
             raise UserError(f"--branch {args.branch}: must be below --ddim_steps {args.ddim_steps}")
-        if "lpips" in terms:
-            LPIPS(args.lpips_net, args.lpips_weights)
+        fetched = {name: w for name, w in terms.items() if name != "face"}
+        build_reward(fetched, "cpu", None, args.lpips_net, args.lpips_weights, args.clip_weights)
 
 
 def plan(args, net, photos: int, start: int) -> str:
@@ -217,7 +226,7 @@ def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
 
 # What may differ when a run goes on; everything else would make it another run.
 FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite", "methods",
-                  "init", "frm_weights", "lpips_weights"}
+                  "init", "frm_weights", "lpips_weights", "clip_weights"}
 
 
 def demo(args):
@@ -245,7 +254,8 @@ def demo(args):
                 steps=100 * runs["sft"].steps))
     ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *args.methods]]
     choice, flags = ["--out", str(root / "evaluation"), "--ckpt", *ckpts], vars(runs["sft"])
-    for name in ("rewards", "device", "lpips_net", "lpips_weights", "frm_weights", "data"):
+    for name in ("rewards", "device", "lpips_net", "lpips_weights", "clip_weights", "frm_weights",
+                 "data"):
         choice += [f"--{name}", flags[name]] if flags[name] else []
     evaluate.compare(evaluate.parser().parse_args(choice))
 
