@@ -5,7 +5,8 @@
 Every photo is spoilt in five grades of six kinds (all ours); each term scores each grade. "rho" is
 Spearman's rank correlation of a photo's five scores with the grade, averaged over the photos: -1
 where every grade costs. "fall" is what the heaviest grade takes off the mean score of the clean
-photos. A term is called blind to a kind of damage whose fall is below a tenth of its largest.
+photos. A term is called blind to a kind of damage whose fall is within a tenth of its largest, and
+to reward one that raises it by more.
 """
 import argparse
 import io
@@ -100,8 +101,11 @@ def table(found: dict) -> str:
     for term in terms:
         fall = {kind: np.subtract(*rows[term].mean(axis=0)[[0, -1]])
                 for kind, rows in found.items()}
-        blind = [kind for kind, f in fall.items() if f < BLIND * max(fall.values())]
-        lines.append(f"{term} is blind to: {', '.join(blind) or 'none of these'}")
+        least = BLIND * max(fall.values())
+        blind = [kind for kind, f in fall.items() if -least <= f < least]
+        liked = [kind for kind, f in fall.items() if f < -least]
+        lines.append(f"\n{term} is blind to: {', '.join(blind) or 'none of these'}"
+                     + (f"; rewards: {', '.join(liked)}" if liked else ""))
     return "\n".join(lines)
 
 
