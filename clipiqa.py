@@ -1,6 +1,6 @@
-"""CLIP-IQA: does a picture look more like "good" or more like "bad", as CLIP reads the two words?
+"""CLIP-IQA: is a picture nearer to "good" or to "bad", as CLIP reads the words?
 
-Papers   CLIP-IQA (Wang et al. 2023, arXiv 2207.12396); CLIP RN50 (Radford et al. 2021), by open_clip.
+Papers   CLIP-IQA (Wang et al. 2023, arXiv 2207.12396), on CLIP RN50 (Radford et al. 2021).
 Departs  The default averages five antonym pairs, the form that pyiqa made common and that LRPO's
          code runs; the paper's single pair is PROMPTS["paper"]. They give different numbers.
 
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data import UserError
@@ -71,11 +73,10 @@ class CLIPIQA(nn.Module):
     def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
         if min(x.shape[-2:]) < MIN_SIDE:
             raise UserError(f"CLIP-IQA needs images of {MIN_SIDE} px or more")
-        h = self.visual.stem(normalise(x))                              # (B, 64, H/4, W/4)
-        for layer in (self.visual.layer1, self.visual.layer2, self.visual.layer3,
-                      self.visual.layer4):
-            h = layer(h)                                                # ... (B, 2048, H/32, W/32)
-        image = F.normalize(attention_pool(self.visual.attnpool, h), dim=1)     # (B, E)
+        v = self.visual
+        h = v.stem(normalise(x))                                        # (B, 64, H/4, W/4)
+        h = v.layer4(v.layer3(v.layer2(v.layer1(h))))                   # (B, 2048, H/32, W/32)
+        image = F.normalize(attention_pool(v.attnpool, h), dim=1)       # (B, E)
         pairs = (image @ self.text.T).unflatten(1, (-1, 2))             # (B, P, 2)
         return pairs.softmax(dim=2)[..., 0].mean(dim=1)                 # (B,)
 
@@ -90,26 +91,25 @@ def build_clip(config: dict, state: dict, source: str) -> nn.Module:
     try:
         clip.load_state_dict(state, strict=True)
     except (RuntimeError, TypeError, AttributeError):       # names, shapes, or no tensors at all
-        raise UserError(f"{source}: not the weights of the CLIP that is meant, or not all of them") from None
+        raise UserError(f"{source}: not the weights of the CLIP that is meant, or not all of "
+                        "them; --rewards offline needs none") from None
     return clip.float().eval().requires_grad_(False)
 
 
-def read_clip(path) -> dict:
+def read_clip(path: Path) -> dict:
     """The tensors of a CLIP file: safetensors, a PyTorch file of tensors, or OpenAI's RN50.pt."""
-    path, flag = Path(path), "--clip_weights"
     if path.suffix == ".safetensors" and path.is_file():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise UserError(f"{flag} {path}: a damaged safetensors file ({error})") from None
+            raise UserError(f"--clip_weights {path}: a damaged file ({error})") from None
     if not zipfile.is_zipfile(path) or not any(
             name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        return load_tensors(path, flag)
+        return load_tensors(path, "--clip_weights", "leave it out to fetch OpenAI's, or use "
+                            "--rewards offline")
     if hashlib.sha256(path.read_bytes()).hexdigest() != OPENAI_SHA256:
-        raise UserError(f"{flag} {path}: a TorchScript archive, but not OpenAI's RN50.pt; such a "
-                        "file can carry code: convert it where you trust it, by safetensors' "
+        raise UserError(f"--clip_weights {path}: a TorchScript archive, which can carry code, and "
+                        "not OpenAI's RN50.pt; convert it where you trust it, by safetensors' "
                         "save_file(torch.jit.load(path).state_dict(), 'clip.safetensors')")
     with warnings.catch_warnings():     # torch means to drop TorchScript
         warnings.simplefilter("ignore")
@@ -122,11 +122,11 @@ def load_clipiqa(path=None, prompts: str = "five") -> CLIPIQA:
     """CLIP-IQA on the file's weights; without a file open_clip fetches OpenAI's."""
     import open_clip
     if path is None:
+        openai = open_clip.get_pretrained_cfg(ARCHITECTURE, "openai")
         try:
-            path = open_clip.download_pretrained(
-                open_clip.get_pretrained_cfg(ARCHITECTURE, "openai"))
+            path = open_clip.download_pretrained(openai)
         except Exception:       # of urllib, of the hub's client, of the disk: all mean "not here"
             raise UserError("CLIP-IQA: OpenAI's RN50 could not be fetched; give the file with "
                             "--clip_weights FILE, or use --rewards offline") from None
     config = open_clip.get_model_config(ARCHITECTURE)
-    return CLIPIQA(build_clip(config, read_clip(path), f"--clip_weights {path}"), prompts)
+    return CLIPIQA(build_clip(config, read_clip(Path(path)), f"--clip_weights {path}"), prompts)

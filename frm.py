@@ -67,8 +67,8 @@ class ClipFaceRewardModel(nn.Module):
         super().__init__()
         import open_clip
         self.clip = clip.requires_grad_(False)
-        for tower, n in ((clip.visual.transformer, TRAINED_IMAGE), (clip.transformer, TRAINED_TEXT)):
-            tower.resblocks[-n:].requires_grad_()
+        clip.visual.transformer.resblocks[-TRAINED_IMAGE:].requires_grad_()
+        clip.transformer.resblocks[-TRAINED_TEXT:].requires_grad_()
         tokens = open_clip.get_tokenizer(CLIP_ARCHITECTURE)([CAPTION], clip.context_length)
         self.register_buffer("tokens", tokens, persistent=False)        # (1, 77)
 

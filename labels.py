@@ -1,4 +1,4 @@
-"""Labels for pairs of restorations whose order nobody knows: a person labels a few, an SVM the rest.
+"""Labels for pairs of restorations whose order nobody knows: a person gives a few, an SVM the rest.
 
 Paper    DiffusionReward (Wu et al. 2025, arXiv 2505.17910): the two pictures' metric vectors and
          people's labels teach a linear SVM, which annotates the other pairs.
@@ -73,7 +73,7 @@ def unknown_pairs(net, photos: Photos, n: int, K: int, eta: float, seed: int):
 
 
 def label_pairs(labels: str, photos: Tensor, unknown, seed: int) -> tuple[Tensor, Tensor]:
-    """(better, worse) of all pairs: of `unknown` = (a, b, gt) by the SVM, of a person's as they are.
+    """(better, worse) of the pairs `unknown` = (a, b, gt) as the SVM sees them, and of a person's.
 
     `labels` "svm": `photos` in milder and heavier degradations teach; else a person's CSV file.
     """
@@ -85,17 +85,17 @@ def label_pairs(labels: str, photos: Tensor, unknown, seed: int) -> tuple[Tensor
     d = metrics(a, gt) - metrics(b, gt)
     held = np.arange(len(d)) % 5 == 0       # every fifth label only checks
     w = fit_svm(d[~held], label[~held])
-    agree = (np.sign(d[held] @ w) == label[held]).mean()
-    print(f"labels: an SVM taught by {sum(~held)} pairs agrees with {agree:.0%} of {sum(held)} "
-          f"held-out labels; it labels {len(unknown[0])} pairs of unknown order")
-    ua, ub, ugt = unknown
-    ugt = None if gt is None else ugt
-    left = torch.from_numpy((metrics(ua, ugt) - metrics(ub, ugt)) @ w > 0).to(ua.device)
+    x, y, ref = unknown
+    print(f"labels: an SVM taught by {sum(~held)} pairs agrees with "
+          f"{((d[held] @ w > 0) == (label[held] > 0)).mean():.0%} of {sum(held)} held-out labels; "
+          f"it labels {len(x)} pairs of unknown order")
+    ref = ref if gt is not None else None       # the metrics that the SVM was taught
+    first = (metrics(x, ref) - metrics(y, ref)) @ w > 0
     if labels != "svm":
-        ua, ub = torch.cat([ua, a.to(ua.device)]), torch.cat([ub, b.to(ub.device)])
-        left = torch.cat([left, torch.from_numpy(label > 0).to(left.device)])
-    left = left.view(-1, 1, 1, 1)
-    return torch.where(left, ua, ub), torch.where(left, ub, ua)
+        x, y = torch.cat([x, a.to(x.device)]), torch.cat([y, b.to(y.device)])
+        first = np.concatenate([first, label > 0])
+    first = torch.from_numpy(first).to(x.device).view(-1, 1, 1, 1)
+    return torch.where(first, x, y), torch.where(first, y, x)
 
 
 def read_labels(path, size: int):
@@ -103,51 +103,49 @@ def read_labels(path, size: int):
     preferred, -1 where b is. Lines without a preference are passed over."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file, restval=""))
+            table = csv.DictReader(file, restval="")
+            rows, named = list(table), table.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--labels {path}: known, svm, or a readable CSV file ({error})") from None
-    if not rows or not {*COLUMNS[:3]} <= {*rows[0]}:
+    if not {*COLUMNS[:3]} <= {*named}:
         raise UserError(f"--labels {path}: the first line must name {', '.join(COLUMNS[:3])}")
     for line, row in enumerate(rows, 2):
-        if row["preferred"].strip() not in ("a", "b", ""):
+        if row["preferred"] not in ("a", "b", ""):
             raise UserError(f"--labels {path}, line {line}: preferred must be a, b or empty, not "
                             f"{row['preferred']!r}")
-    rows = [row for row in rows if row["preferred"].strip()]
+    rows = [row for row in rows if row["preferred"]]
     if len(rows) < MIN_LABELS:
         raise UserError(f"--labels {path}: {len(rows)} pairs are labelled, {MIN_LABELS} is the "
                         "least; write a or b into the column preferred")
-
-    def read(column):
-        return to_float(torch.stack([read_photo(Path(path).parent / row[column], size)
-                                     for row in rows]))
-    label = np.array([1. if row["preferred"].strip() == "a" else -1. for row in rows])
-    return read("path_a"), read("path_b"), read("path_gt") if "path_gt" in rows[0] else None, label
+    a, b, gt = (to_float(torch.stack([read_photo(Path(path).parent / row[name], size)
+                                      for row in rows])) if name in named else None
+                for name in ("path_a", "path_b", "path_gt"))
+    return a, b, gt, np.array([1. if row["preferred"] == "a" else -1. for row in rows])
 
 
 def write_pairs(args):
     """Pairs for a person: NNNN.png (a | b) to look at, both and the photo, and pairs.csv."""
-    out, scale = Path(args.out), lambda x: max(1, 256 // x.shape[-1])
+    out = Path(args.out)
     if (out / "pairs.csv").exists():
-        raise UserError(f"--out {out}: its pairs.csv may hold labels already; choose another folder")
+        raise UserError(f"--out {out}: its pairs.csv may hold labels already; choose another")
     net, state = load_restorer(args.ckpt, pick_device(args.device))
     saved, size = state["args"], net.config.size
     data = args.data or saved["data"]
     photos = (Photos.from_folder(data, size, "train") if data
               else Photos.drawn(saved["faces"], saved["seed"], size, "train"))
-    a, b, gt = unknown_pairs(net, photos, args.n, saved["ddim_steps"], saved["eta"], args.seed)
+    trios = unknown_pairs(net, photos, args.n, saved["ddim_steps"], saved["eta"], args.seed)
     out.mkdir(parents=True, exist_ok=True)
+    rows = [COLUMNS]
+    for i, trio in enumerate(zip(*(u.split(1) for u in trios))):
+        sheet(trio[:2], max(1, 256 // size)).save(out / f"{i:04}.png")
+        a, b, gt = (f"{i:04}_{part}.png" for part in ("a", "b", "gt"))
+        for name, x in zip((a, b, gt), trio):
+            sheet([x]).save(out / name)
+        rows.append([a, b, "", gt])
     with open(out / "pairs.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(COLUMNS)
-        for i, trio in enumerate(zip(a.split(1), b.split(1), gt.split(1))):
-            sheet(trio[:2], scale(a)).save(out / f"{i:04}.png")
-            names = [f"{i:04}_{part}.png" for part in ("a", "b", "gt")]
-            for name, x in zip(names, trio):
-                sheet([x]).save(out / name)
-            table.writerow([*names[:2], "", names[2]])
-    print(f"{len(a)} pairs: look at {out}/0000.png and on (a is left, b right), write a or b into "
-          f"the column preferred of {out}/pairs.csv, then: train.py --mode frm --labels "
-          f"{out}/pairs.csv")
+        csv.writer(file).writerows(rows)
+    print(f"{len(rows) - 1} pairs: look at {out}/0000.png and on, write a (left) or b (right) into "
+          f"the column preferred of {out}/pairs.csv; then train.py --mode frm --labels with it")
 
 
 def main():

@@ -5,8 +5,8 @@
 Every photo is spoilt in five grades of six kinds (all ours); each term scores each grade. "rho" is
 Spearman's rank correlation of a photo's five scores with the grade, averaged over the photos: -1
 where every grade costs. "fall" is what the heaviest grade takes off the mean score of the clean
-photos. A term is called blind to a kind of damage whose fall is within a tenth of its largest, and
-to reward one that raises it by more.
+photos. A term is blind to a kind of damage whose fall is within a tenth of its largest fall, and
+rewards one that raises it by more.
 """
 import argparse
 import io
@@ -43,12 +43,16 @@ def swap(x, radius):
     return x.lerp(x.roll(1, dims=0), inside)
 
 
+def one_noise():
+    return torch.Generator().manual_seed(0)
+
+
 # name: (five grades, what spoils x (B, 3, S, S) by a grade)
 DAMAGE = {
     "blur": ((.5, .8, 1.2, 1.8, 2.6),       # sigma in pixels of 64
              lambda x, g: torch.stack([blur(u, *[g * x.shape[-1] / 64] * 2, 0.) for u in x])),
-    "noise": ((5, 10, 20, 35, 50),          # sigma of 255
-              lambda x, g: x + g / 127.5 * torch.randn(x.shape, generator=seeded())),
+    "noise": ((5, 10, 20, 35, 50),          # sigma of 255; the same noise at every grade
+              lambda x, g: x + g / 127.5 * torch.randn(x.shape, generator=one_noise())),
     "JPEG": ((90, 70, 45, 25, 10), jpeg),   # quality
     "downsampling": ((1.33, 2, 3, 4, 6),    # factor, down and up again
                      lambda x, g: F.interpolate(F.interpolate(
@@ -60,17 +64,12 @@ DAMAGE = {
 }
 
 
-def seeded():
-    return torch.Generator().manual_seed(0)     # one noise for every grade
-
-
 def spearman(score: np.ndarray) -> float:
     """Rank correlation of each row of (N, grades) with 1, 2, 3, ..., averaged over the rows; equal
     scores share their mean rank, and a row of nothing else counts as 0."""
-    u, v = score[:, :, None], score[:, None]
-    rank = (u > v).sum(axis=2) + (u == v).sum(axis=2) / 2
-    rank, grade = rank - rank.mean(axis=1, keepdims=True), np.arange(rank.shape[1])
-    grade = grade - grade.mean()
+    u, v, grade = score[:, :, None], score[:, None], np.arange(score.shape[1])
+    rank = (u > v).sum(axis=2) + (u == v).sum(axis=2) / 2               # (N, grades)
+    rank, grade = rank - rank.mean(axis=1, keepdims=True), grade - grade.mean()
     norm = np.sqrt((rank ** 2).sum(axis=1) * (grade ** 2).sum())
     return float(np.mean(rank @ grade / np.where(norm, norm, 1)))
 
@@ -78,34 +77,31 @@ def spearman(score: np.ndarray) -> float:
 @torch.no_grad()
 def scores(reward, x: torch.Tensor, device) -> dict[str, dict[str, np.ndarray]]:
     """damage -> term -> (N, 6): the clean photo's score, then the five grades'."""
-    found = {}
+    def judge(u):
+        parts = [reward(a.to(device), b.to(device))[1] for a, b in zip(u.split(BATCH),
+                                                                       x.split(BATCH))]
+        return {term: torch.cat([part[term] for part in parts]).cpu().numpy() for term in parts[0]}
+    found, clean = {}, judge(x)
     for kind, (grades, spoil) in DAMAGE.items():
-        columns = [[reward(a.to(device), b.to(device))[1] for a, b in zip(u.split(BATCH),
-                                                                         x.split(BATCH))]
-                   for u in (x, *(spoil(x, g).clamp(-1, 1) for g in grades))]
-        found[kind] = {term: np.stack([torch.cat([part[term] for part in parts]).cpu().numpy()
-                                       for parts in columns], axis=1) for term in reward.terms}
+        columns = [clean, *(judge(spoil(x, grade).clamp(-1, 1)) for grade in grades)]
+        found[kind] = {term: np.stack([column[term] for column in columns], 1) for term in clean}
     return found
 
 
 def table(found: dict) -> str:
-    """Markdown: a line a term, a column a kind of damage; then what each is blind to."""
-    terms = list(next(iter(found.values())))
-    lines = ["| rho, fall | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
-    for term in terms:
-        mean = {kind: rows[term].mean(axis=0) for kind, rows in found.items()}
-        cells = [f"{spearman(found[kind][term][:, 1:]):.2f}, {m[0] - m[-1]:.3f}"
-                 + ("" if (np.diff(m) < 0).all() else " (not monotone)")
-                 for kind, m in mean.items()]
-        lines.append(f"| {term} | " + " | ".join(cells) + " |")
-    for term in terms:
-        fall = {kind: np.subtract(*rows[term].mean(axis=0)[[0, -1]])
-                for kind, rows in found.items()}
+    """Markdown: a line a term, a column a kind of damage, and what the term does not see."""
+    lines = ["| rho, fall | " + " | ".join([*found, "blind to", "rewards"]) + " |",
+             "|---" * (len(found) + 3) + "|"]
+    for term in next(iter(found.values())):
+        mean = {kind: rows[term].mean(axis=0) for kind, rows in found.items()}      # (6,) each
+        fall = {kind: m[0] - m[-1] for kind, m in mean.items()}
         least = BLIND * max(fall.values())
-        blind = [kind for kind, f in fall.items() if -least <= f < least]
-        liked = [kind for kind, f in fall.items() if f < -least]
-        lines.append(f"\n{term} is blind to: {', '.join(blind) or 'none of these'}"
-                     + (f"; rewards: {', '.join(liked)}" if liked else ""))
+        cells = [f"{spearman(rows[term][:, 1:]):.2f}, {fall[kind]:.3f}"
+                 + ("" if (np.diff(mean[kind]) < 0).all() else " (not monotone)")
+                 for kind, rows in found.items()]
+        cells += [", ".join(kind for kind, f in fall.items() if -least <= f < least) or "none",
+                  ", ".join(kind for kind, f in fall.items() if f < -least) or "none"]
+        lines.append(f"| {term} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

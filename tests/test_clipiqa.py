@@ -1,4 +1,4 @@
-"""CLIP-IQA against open_clip's own pool, closed forms and pyiqa; and that nothing runs untrained."""
+"""CLIP-IQA against open_clip's pool, closed forms and pyiqa; and that nothing runs untrained."""
 import pickle
 import urllib.error
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import clipiqa
-from clipiqa import ARCHITECTURE, CLIP_MEAN, CLIP_STD, CLIPIQA, PROMPTS, attention_pool, load_clipiqa
+from clipiqa import (ARCHITECTURE, CLIP_MEAN, CLIP_STD, CLIPIQA, PROMPTS, attention_pool,
+                     load_clipiqa)
 from data import UserError
 from test_rewards import images
 

@@ -166,7 +166,7 @@ def test_a_persons_labels_teach_the_svm(tmp_path, columns):
 @pytest.mark.parametrize("preferred, columns, message", [
     (lambda i: "left", labels.COLUMNS, "line 2: preferred must be a, b or empty, not 'left'"),
     (lambda i: "a" if i < 9 else "", labels.COLUMNS, "9 pairs are labelled, 10 is the least"),
-    (lambda i: "a", ["a", "b", "c"], "must name path_a, path_b, preferred")])
+    (lambda i: "a", ["a", "b", "c"], "must name path_a, path_b, pref")])
 def test_a_wrong_csv_gets_one_sentence(tmp_path, preferred, columns, message):
     with pytest.raises(UserError, match=message):
         labels.read_labels(write_csv(tmp_path, preferred, columns), 32)
