@@ -97,7 +97,7 @@ def compare(args) -> dict:
     K = args.ddim_steps or saved["ddim_steps"]
     frm = args.frm_weights or Path(args.ckpt[0]).parent.parent / "frm" / "last.pt"
     reward = build_reward(parse_rewards(args.rewards or saved["rewards"]), device, frm,
-                          args.lpips_net, args.lpips_weights)
+                          args.lpips_net, args.lpips_weights, args.clip_weights)
     lpips = reward.terms.get("lpips")
     if args.lpips_weights and lpips is None:
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
@@ -171,10 +171,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=positive, default=200, help="how many held-out images (default 200)")
     p.add_argument("--quartiles", action="store_true", help="also a table for each quarter of the "
                    "images, by how far LQ is from the ground truth")
-    p.add_argument("--rewards", help="name=weight,... (default: as the first checkpoint)")
+    p.add_argument("--rewards", help="name=weight,... or a set (default: as the first checkpoint)")
     p.add_argument("--frm_weights", help="face reward model (default: frm/last.pt beside the run)")
     p.add_argument("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
     p.add_argument("--lpips_weights", help="backbone file; with it the table has an LPIPS column")
+    p.add_argument("--clip_weights", help="file of CLIP RN50 (default: fetched)")
     p.add_argument("--ddim_steps", type=positive, help="K (default: as in training)")
     p.add_argument("--eta", type=float, default=EVAL_ETA, help=f"DDIM noise (default {EVAL_ETA})")
     p.add_argument("--seed", type=int, default=0, help="of the sampler's noise")

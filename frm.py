@@ -1,15 +1,22 @@
 """The Face Reward Model: a network learns from pairs what a good face looks like.
 
-Paper    DiffusionReward (Wu et al. 2025, arXiv 2505.17910): preference pairs, the pair loss.
-Departs  A small network without text, trained here in a minute on pairs whose order is known.
+Paper    DiffusionReward (Wu et al. 2025, arXiv 2505.17910): preference pairs, the pair loss, and
+         `ClipFaceRewardModel`, CLIP ViT-H-14 tuned on people's preferences (HPSv2's, to start).
+Departs  Ours by default is a small network without text, trained here in a minute on pairs whose
+         order is known. For CLIP one sentence (`CAPTION`) stands in for a caption of each photo.
+
+Both models have one interface: `score(x)` is the Bradley-Terry strength in logits, (B,), which the
+pair loss compares; calling the model gives the reward, (B,), higher better.
+Pairs whose order is not known are labelled in labels.py: python frm.py --ckpt runs/sft/last.pt
 """
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import degrade, draw_degradation, to_float, to_uint8
-from model import norm
+from clipiqa import build_clip, normalise
+from data import UserError, degrade, draw_degradation, to_float, to_uint8
+from model import load_tensors, norm
 
 
 class FaceRewardModel(nn.Module):
@@ -32,6 +39,10 @@ class FaceRewardModel(nn.Module):
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
 
+    def trained(self) -> list[nn.Parameter]:
+        """What a reward model's training may move."""
+        return list(self.parameters())
+
     def score(self, x: Tensor) -> Tensor:
         return self.out(self.features(x).mean(dim=(2, 3)))[:, 0]        # (B,)
 
@@ -45,6 +56,62 @@ class FaceRewardModel(nn.Module):
         self.std.lerp_(scores.std(), 1 / 20)
 
 
+CLIP_ARCHITECTURE = "ViT-H-14"          # HPSv2's, and so DiffusionReward's
+TRAINED_IMAGE, TRAINED_TEXT = 20, 11    # DiffusionReward: the last blocks of each tower train
+CAPTION = "a clear, natural photo of a face"     # ours: no captions here; the paper has one a photo
+
+
+class ClipFaceRewardModel(nn.Module):
+    """The papers' model: the cosine of picture and caption embedding, (B,) in [-1, 1].
+
+    `clip`: a CLIP with a ViT, from `build_clip`. Pictures of any size are resized to its own.
+    """
+
+    def __init__(self, clip: nn.Module):
+        super().__init__()
+        import open_clip
+        self.clip = clip.requires_grad_(False)
+        tokens = open_clip.get_tokenizer(CLIP_ARCHITECTURE)([CAPTION], clip.context_length)
+        self.register_buffer("tokens", tokens, persistent=False)        # (1, 77)
+
+    def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
+        x = F.interpolate(normalise(x), self.clip.visual.image_size, mode="bicubic", antialias=True)
+        image = self.clip.encode_image(x, normalize=True)               # (B, E)
+        text = self.clip.encode_text(self.tokens, normalize=True)       # (1, E)
+        return (image * text).sum(dim=1)                                # (B,)
+
+    def trained(self) -> list[nn.Parameter]:
+        blocks = (self.clip.visual.transformer.resblocks[-TRAINED_IMAGE:],
+                  self.clip.transformer.resblocks[-TRAINED_TEXT:])
+        return [p for part in blocks for p in part.parameters()]
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.clip.logit_scale.exp() * self(x)                    # (B,)
+
+    def calibrate(self, scores: Tensor):
+        """Nothing to do: a cosine has its range already."""
+
+
+def load_face_reward(path, config: dict = None) -> nn.Module:
+    """The model that a file holds: one of ours (--mode frm), or the published FaceRewardModel.pth,
+    a dict whose `state_dict` is an open_clip model's. `config`: of a CLIP other than ViT-H-14."""
+    remedy = "train one with train.py --mode frm, or use --rewards ssim=.5,dwt=.5"
+    source, state = f"--frm_weights {path}", load_tensors(path, "--frm_weights", remedy)
+    ours = isinstance(state, dict) and state.get("mode") == "frm"
+    weights = state["ema"] if ours else isinstance(state, dict) and state.get("state_dict")
+    if not isinstance(weights, dict):
+        raise UserError(f"{source}: not a checkpoint of --mode frm, nor a published one; {remedy}")
+    if ours and "out.weight" in weights:
+        face = FaceRewardModel()
+        face.load_state_dict(weights)
+        return face
+    if config is None:
+        import open_clip
+        config = open_clip.get_model_config(CLIP_ARCHITECTURE)
+    weights = {name.removeprefix("clip."): v for name, v in weights.items()}
+    return ClipFaceRewardModel(build_clip(config, weights, source))
+
+
 def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
     """-log P(better preferred to worse) under Bradley and Terry, from two scores (B,): a scalar."""
     return F.softplus(worse - better).mean()
@@ -55,20 +122,27 @@ class FaceRewardTraining:
     self, a mild degradation better than a heavy one, a photo better than its restoration.
 
     `restored`, `photos`: (N, 3, H, W) each, restorations by the model to be rewarded.
+    `labelled`: (better, worse), (M, 3, H, W) each, pairs that a person or an SVM put in order.
     """
 
-    def __init__(self, model: FaceRewardModel, generator: torch.Generator, restored: Tensor,
-                 photos: Tensor, lr=1e-3):
+    def __init__(self, model: nn.Module, generator: torch.Generator, restored: Tensor,
+                 photos: Tensor, lr=1e-3, labelled: tuple[Tensor, Tensor] = None):
         self.net, self.generator, self.restored, self.photos = model, generator, restored, photos
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+        self.labelled = labelled
+        trained = [p.requires_grad_() for p in model.trained()]
+        self.optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
 
     def pairs(self, lq: Tensor, gt: Tensor):
-        """Three kinds of (better, worse), each (B, 3, H, W)."""
+        """Three or four kinds of (better, worse), each (B, 3, H, W)."""
         pick, seed = (torch.randint(n, (k,), generator=self.generator)
                       for n, k in ((len(self.photos), len(gt)), (2 ** 31, 1)))
         mild, heavy = graded(gt, np.random.default_rng(seed.item()))
-        return {"degraded": (gt, lq), "graded": (mild, heavy),
-                "restored": (self.photos[pick], self.restored[pick])}
+        kinds = {"degraded": (gt, lq), "graded": (mild, heavy),
+                 "restored": (self.photos[pick], self.restored[pick])}
+        if self.labelled:
+            pick = torch.randint(len(self.labelled[0]), (len(gt),), generator=self.generator)
+            kinds["labelled"] = tuple(u[pick] for u in self.labelled)
+        return kinds
 
     def step(self, batch) -> dict[str, float]:
         pairs = self.pairs(*batch)
@@ -88,3 +162,8 @@ def graded(gt: Tensor, rng) -> tuple[Tensor, Tensor]:
         return torch.stack([degrade(photo, draw_degradation(rng, gt.shape[-1], lo, hi), rng)
                             for photo in to_uint8(gt).cpu()])
     return tuple(to_float(spoil(*half)).to(gt.device) for half in ((0.0, 0.5), (0.5, 1.0)))
+
+
+if __name__ == "__main__":
+    from labels import main     # not above: it needs the rewards, and they need this file
+    main()

@@ -296,15 +296,16 @@ class EMA:
 # ---------------------------------------------------------------------------------------------
 # Checkpoints: one file of plain types, so that torch.load(weights_only=True) reads it
 
-def load_tensors(path, flag: str) -> dict:
-    """A file of plain types; never one that could run code. UserError names the flag."""
+def load_tensors(path, flag: str, remedy: str = "") -> dict:
+    """A file of plain types; never one that could run code. UserError names flag and remedy."""
+    remedy = remedy and f"; {remedy}"
     if not Path(path).is_file():
-        raise UserError(f"{flag} {path}: no such file")
+        raise UserError(f"{flag} {path}: no such file{remedy}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # torch raises many kinds; each means: not such a file
         raise UserError(f"{flag} {path}: not a PyTorch file of plain tensors, or a damaged one "
-                        f"({type(error).__name__})") from None
+                        f"({type(error).__name__}){remedy}") from None
 
 
 def save_checkpoint(path, state: dict):

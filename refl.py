@@ -92,7 +92,7 @@ class ReFL:
             self.every = 0
         else:
             self.reward.terms = reward.terms | {"face": self.frm}
-            self.frm_optimizer = torch.optim.AdamW(self.frm.parameters(), lr=frm_lr)
+            self.frm_optimizer = torch.optim.AdamW(self.frm.trained(), lr=frm_lr)
 
     @torch.no_grad()
     def roll(self, lq: Tensor, k: int) -> Tensor:
@@ -145,7 +145,8 @@ class ReFL:
     def update_frm(self, restored: Tensor, lq: Tensor, gt: Tensor) -> dict[str, float]:
         """The dynamic reward model: one step on (photo preferred to its current restoration) and,
         so that it does not forget what it knew, (photo preferred to its degraded self)."""
-        self.frm.requires_grad_(True)
+        for p in self.frm.trained():
+            p.requires_grad_(True)
         photo, worse, worst = (self.frm.score(u) for u in (gt, restored, lq))   # (B,) each
         loss = (pair_loss(photo, worse) + pair_loss(photo, worst)) / 2
         self.frm_optimizer.zero_grad()

@@ -1,18 +1,22 @@
 """The rewards: what reinforcement learning optimises is what it gets.
 
 Papers   SSIM (Wang et al. 2004). LPIPS (Zhang et al. 2018), through its authors' package. LRPO's
-         composite reward, strategy 1 (Wu et al. 2025, arXiv 2509.23339). The Face Reward Model is
-         in frm.py.
+         composite reward, strategy 1 (Wu et al. 2025, arXiv 2509.23339). CLIP-IQA is in clipiqa.py,
+         the Face Reward Model in frm.py.
 Departs  A low-pass of ours stands in for the dual-tree wavelet band.
          Every term sees the image clamped to [-1, 1]; the published code scores LPIPS unclamped.
 
-Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,), higher better:
+Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,), higher better.
+A gradient flows through each. `ms`: an image of 64 px, in a batch of 64, on one CPU thread.
 
-    name   range    ground truth  gradient  what it is
-    ssim   [-1, 1]  yes           yes       structural similarity, mean over RGB
-    dwt    (0, 1]   yes           yes       low-pass fidelity: colours and layout, blind to detail
-    lpips  (-inf,1] yes           yes       1 - LPIPS: the distance of deep features
-    face   (0, 1)   no            yes       Face Reward Model: does it look like a clean photo?
+    name     range     ground truth  ms    source
+    ssim     [-1, 1]   yes           ?     Wang et al.: structure in 11 px windows, mean over RGB
+    dwt      (0, 1]    yes           ?     LRPO: colours and layout, blind to detail
+    lpips    (-inf,1]  yes           ?     1 - LPIPS: the distance of deep features (squeeze)
+    clipiqa  (0, 1)    no            ?     CLIP-IQA: "good" against "bad" image
+    face     (0, 1)    no            ?     Face Reward Model, ours; the papers': [-1, 1]
+
+`python rewards.py` reports how each reacts to graded damage, and what it does not see: report.py.
 """
 import math
 import warnings
@@ -22,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipiqa import CLIPIQA, load_clipiqa
 from data import UserError
-from frm import FaceRewardModel
+from frm import load_face_reward
 from model import load_tensors
 
 # ---------------------------------------------------------------------------------------------
@@ -91,7 +96,7 @@ class LPIPS(nn.Module):
                 self.lpips = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
             except (URLError, OSError):
                 raise UserError(f"LPIPS: its {net} backbone could not be fetched; give the file "
-                                f"with --lpips_weights FILE, or use --rewards {OFFLINE}") from None
+                                "with --lpips_weights FILE, or use --rewards offline") from None
         if weights is not None:
             load_backbone(self.lpips.net, weights, net)
         self.eval().requires_grad_(False)
@@ -120,18 +125,25 @@ def load_backbone(net: nn.Module, path: str, name: str):
 # ---------------------------------------------------------------------------------------------
 # The composite
 
-OFFLINE = "ssim=.2,dwt=.5,face=.3"      # ours: what needs no download; docs/results.md says why
-TERMS = ("ssim", "dwt", "lpips", "face")
+SETS = {
+    "paper": "face=.3,lpips=.3,clipiqa=.1,dwt=.3",      # LRPO's code, "recommended"
+    "paper-alt": "face=.4,lpips=.2,clipiqa=.2,dwt=.2",  # the alternative in LRPO's code
+    "card": "lpips=.4,clipiqa=.2,ssim=.4",  # ours: no face model; the judge without truth least
+    "offline": "ssim=.2,dwt=.5,face=.3"}    # ours: nothing to download; docs/results.md says why
+OFFLINE = SETS["offline"]
+TERMS = ("ssim", "dwt", "lpips", "clipiqa", "face")
 MIN_SIDE = 16       # the Face Reward Model halves the side four times; SSIM needs 11, dwt 8
 
 
 def parse_rewards(text: str) -> dict[str, float]:
-    """'ssim=.4,face=.6' -> {'ssim': .4, 'face': .6}; UserError names what is wrong."""
+    """'ssim=.4,face=.6', or a name of SETS, -> {'ssim': .4, 'face': .6}; UserError says what is
+    wrong."""
     weights = {}
-    for item in text.split(","):
+    for item in SETS.get(text, text).split(","):
         name, _, weight = item.strip().partition("=")
         if name not in TERMS:
-            raise UserError(f"--rewards: {name!r} is no reward; there are {', '.join(TERMS)}")
+            raise UserError(f"--rewards: {name!r} is no reward; there are {', '.join(TERMS)}, "
+                            f"and the sets {', '.join(SETS)}")
         try:
             weights[name] = float(weight)
             if not math.isfinite(weights[name]):
@@ -144,9 +156,9 @@ def parse_rewards(text: str) -> dict[str, float]:
 class CompositeReward:
     """R = sum of weight * term (LRPO, strategy 1). `weights` = {name: weight}."""
 
-    def __init__(self, weights: dict[str, float], face: FaceRewardModel = None,
-                 lpips: LPIPS = None):
-        terms = {"ssim": ssim, "dwt": dwt, "lpips": lpips, "face": face}
+    def __init__(self, weights: dict[str, float], face: nn.Module = None,
+                 lpips: LPIPS = None, clipiqa: CLIPIQA = None):
+        terms = {"ssim": ssim, "dwt": dwt, "lpips": lpips, "clipiqa": clipiqa, "face": face}
         self.weights, self.terms = weights, {name: terms[name] for name in weights}
         missing = [name for name, term in self.terms.items() if term is None]
         if missing:
@@ -168,17 +180,18 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def build_reward(weights: dict[str, float], device, frm_weights=None, lpips_net="squeeze",
-                 lpips_weights=None) -> CompositeReward:
+                 lpips_weights=None, clip_weights=None) -> CompositeReward:
     """The composite with its models loaded; UserError where one of them is not to be had."""
-    face = lpips = None
+    face = lpips = clipiqa = None
     if "face" in weights:
-        face = FaceRewardModel()
-        state = load_tensors(frm_weights, "--frm_weights")
-        if not isinstance(state, dict) or state.get("mode") != "frm":
-            raise UserError(f"--frm_weights {frm_weights}: not a checkpoint of --mode frm; without "
-                            "one use --rewards ssim=.5,dwt=.5")
-        face.load_state_dict(state["ema"])
-        face = face.to(device).eval().requires_grad_(False)
+        face = load_face_reward(frm_weights).to(device).eval().requires_grad_(False)
     if "lpips" in weights:
         lpips = LPIPS(lpips_net, lpips_weights).to(device)
-    return CompositeReward(weights, face, lpips)
+    if "clipiqa" in weights:
+        clipiqa = load_clipiqa(clip_weights).to(device)
+    return CompositeReward(weights, face, lpips, clipiqa)
+
+
+if __name__ == "__main__":
+    from report import main     # not above: it needs the rewards
+    main()

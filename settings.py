@@ -40,7 +40,8 @@ EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.98, refl=0.99, darl=0.98)
 WARMUP = dict(sft=100, frm=20, lrpo=2, refl=10, darl=2)              # steps of linear learning-rate warm-up (ours)
 
 # Flags that only some modes read; a run of another mode goes on without regard to them.
-OWN = {("lrpo", "darl"): {"eta", "group", "branch", "updates", "clip", "adv_std",
+OWN = {("frm",): {"labels"},
+       ("lrpo", "darl"): {"eta", "group", "branch", "updates", "clip", "adv_std",
                           "noise_level_weights"},
        ("lrpo",): {"pg_weight", "gt_weight", "gt_target", "gt_last"},
        ("darl",): {"blend", "sft_weight", "kl_weight", "stepwise"},
@@ -52,7 +53,7 @@ def resolve(args) -> argparse.Namespace:
     """A copy in which what the command line left open is filled from the preset."""
     args = argparse.Namespace(**vars(args))
     if args.mode == "darl" and args.rewards is None:        # a score without ground truth
-        args.rewards = "face=1"
+        args.rewards = "clipiqa=1" if args.clip_weights else "face=1"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.mode] if isinstance(value, dict) else value)
@@ -96,10 +97,14 @@ def parser() -> argparse.ArgumentParser:
     flag("--channels", type=positive, help="width of the first level")
     flag("--mults", help="width of each level, as multiples: 1,2,4")
     flag("--patch", type=positive, help="pixel-unshuffle before the network: 1 is none")
-    flag("--rewards", help="name=weight,... of ssim, dwt, lpips, face")
+    flag("--rewards", help="name=weight,..., or a set: paper, paper-alt, card, offline")
     flag("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
     flag("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")
-    flag("--frm_weights", help="face reward model (default: frm/last.pt beside --out)")
+    flag("--clip_weights", help="file of CLIP RN50 (default: fetched)")
+    flag("--frm_weights", help="face reward model (default: frm/last.pt beside --out); frm starts "
+         "from it")
+    flag("--labels", default="known", help="what frm learns from: known (pairs of known order), "
+         "svm (also pairs that an SVM labels), or a CSV of a person's labels, which teach the SVM")
     flag("--ddim_steps", type=positive, help="K, sampling steps")
     flag("--eta", type=float, default=1.0, help="DDIM noise of the rollouts (1: LRPO)")
     flag("--group", type=positive, help="G, restorations of one image")

@@ -23,7 +23,8 @@ import evaluate
 from darl import DARL
 from data import Photos, UserError, sheet, train_batch
 from evaluate import Log
-from frm import FaceRewardModel, FaceRewardTraining
+from frm import FaceRewardModel, FaceRewardTraining, load_face_reward
+from labels import label_pairs, read_labels, unknown_pairs
 from lrpo import LRPO
 from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensors, pick_device,
                    save_checkpoint)
@@ -66,8 +67,13 @@ def build(args, device, generator, photos):
         print(f"restoring {n} training photos with {init}, for the face reward model to tell apart")
         restored = evaluate.restore(net, pool_lq, args.ddim_steps, args.eta, args.seed)
         held = evaluate.restore(net, lq, args.ddim_steps, args.eta, args.seed)
-        face = FaceRewardModel().to(device)
-        method = FaceRewardTraining(face, generator, restored, pool_gt, args.lr)
+        face = load_face_reward(args.frm_weights) if args.frm_weights else FaceRewardModel()
+        labelled = None
+        if args.labels != "known":
+            unknown = unknown_pairs(net, photos, n, args.ddim_steps, args.eta, args.seed + 2)
+            labelled = label_pairs(args.labels, pool_gt, unknown, args.seed)
+        method = FaceRewardTraining(face.to(device), generator, restored, pool_gt, args.lr,
+                                    labelled)
 
         def validate(averaged):
             score = [averaged.score(u) for u in (gt, lq, held)]
@@ -77,27 +83,9 @@ def build(args, device, generator, photos):
 
     weights = parse_rewards(REWARDED_WITHOUT_FRM if args.mode == "sft" else args.rewards)
     frm = args.frm_weights or beside / "frm" / "last.pt"
-    reward = build_reward(weights, device, frm, args.lpips_net, args.lpips_weights)
-    if args.mode == "sft":
-        method = SFT(net, diffusion, generator, args.lr)
-    elif args.mode == "refl":
-        method = ReFL(net, diffusion, reward, generator, lr=args.lr, K=args.ddim_steps,
-                      last=args.refl_last, struct_weight=args.struct_weight,
-                      reg_weight=args.reg_weight, reg=args.reg, denoise_weight=args.denoise_weight,
-                      frm_update_every=args.frm_update_every, frm_lr=args.frm_lr)
-    else:
-        policy = dict(lr=args.lr, K=args.ddim_steps, eta=args.eta, group=args.group,
-                      updates=args.updates, clip=args.clip, adv_std=args.adv_std,
-                      noise_weights=args.noise_level_weights == "on", branch=args.branch)
-        if args.mode == "lrpo":
-            method = LRPO(net, diffusion, reward, generator, **policy, pg_weight=args.pg_weight,
-                          gt_weight=args.gt_weight, gt_target=args.gt_target,
-                          gt_last=args.gt_last)
-        else:
-            lpips = args.lpips_weights and LPIPS(args.lpips_net, args.lpips_weights).to(device)
-            method = DARL(net, diffusion, reward, generator, **policy, blend=args.blend,
-                          sft_weight=args.sft_weight, kl_weight=args.kl_weight,
-                          stepwise=args.stepwise == "on", lpips=lpips)
+    reward = build_reward(weights, device, frm, args.lpips_net, args.lpips_weights,
+                          args.clip_weights)
+    method = make_method(args, net, diffusion, reward, generator)
 
     def validate(averaged):
         x = evaluate.restore(averaged, lq, args.ddim_steps, evaluate.EVAL_ETA, seed=0)
@@ -105,6 +93,28 @@ def build(args, device, generator, photos):
         picture = sheet([lq[:8], x[:8], gt[:8]], scale=2)
         return {f"heldout_{name}": v for name, v in figures.items()}, picture
     return method, validate
+
+
+def make_method(args, net, diffusion, reward, generator):
+    """What takes the steps of sft, lrpo, refl or darl, with its settings from the flags."""
+    if args.mode == "sft":
+        return SFT(net, diffusion, generator, args.lr)
+    given = net, diffusion, reward, generator
+    if args.mode == "refl":
+        return ReFL(*given, lr=args.lr, K=args.ddim_steps, last=args.refl_last,
+                    struct_weight=args.struct_weight, reg_weight=args.reg_weight, reg=args.reg,
+                    denoise_weight=args.denoise_weight, frm_update_every=args.frm_update_every,
+                    frm_lr=args.frm_lr)
+    policy = dict(lr=args.lr, K=args.ddim_steps, eta=args.eta, group=args.group,
+                  updates=args.updates, clip=args.clip, adv_std=args.adv_std,
+                  noise_weights=args.noise_level_weights == "on", branch=args.branch)
+    if args.mode == "lrpo":
+        return LRPO(*given, **policy, pg_weight=args.pg_weight, gt_weight=args.gt_weight,
+                    gt_target=args.gt_target, gt_last=args.gt_last)
+    lpips = LPIPS(args.lpips_net, args.lpips_weights) if args.lpips_weights else None
+    return DARL(*given, **policy, blend=args.blend, sft_weight=args.sft_weight,
+                kl_weight=args.kl_weight, stepwise=args.stepwise == "on",
+                lpips=lpips and lpips.to(diffusion.abar.device))
 
 
 def train(args):
@@ -183,6 +193,8 @@ def check(args):
     if last.exists() and not args.resume and not args.overwrite:
         raise UserError(f"--out {args.out}: holds a run already; --resume it, or --overwrite it")
     terms = parse_rewards(args.rewards)
+    if args.mode == "frm" and args.labels not in ("known", "svm"):
+        read_labels(args.labels, args.size)
     if args.mode in ("lrpo", "darl"):
         if args.eta <= 0:
             raise UserError(f"--eta must be above 0 in {args.mode}: without noise a step has no "
@@ -191,8 +203,9 @@ def check(args):
             raise UserError(f"--group and --ddim_steps must be 2 or more in {args.mode}")
         if args.branch >= args.ddim_steps:
             raise UserError(f"--branch {args.branch}: must be below --ddim_steps {args.ddim_steps}")
-    if args.mode in METHODS and "lpips" in terms:
-        LPIPS(args.lpips_net, args.lpips_weights)
+    if args.mode in METHODS:
+        fetched = {name: w for name, w in terms.items() if name != "face"}
+        build_reward(fetched, "cpu", None, args.lpips_net, args.lpips_weights, args.clip_weights)
 
 
 def plan(args, net, photos: int, start: int) -> str:
@@ -240,7 +253,7 @@ def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
 
 # What may differ when a run goes on; everything else would make it another run.
 FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite", "methods",
-                  "init", "frm_weights", "lpips_weights"}
+                  "init", "frm_weights", "lpips_weights", "clip_weights"}
 
 
 def demo(args):
@@ -269,7 +282,8 @@ def demo(args):
                 steps=100 * runs["sft"].steps))
     ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *methods]]
     choice, flags = ["--out", str(root / "evaluation"), "--ckpt", *ckpts], vars(runs["sft"])
-    for name in ("rewards", "device", "lpips_net", "lpips_weights", "frm_weights", "data"):
+    for name in ("rewards", "device", "lpips_net", "lpips_weights", "clip_weights", "frm_weights",
+                 "data"):
         choice += [f"--{name}", flags[name]] if flags[name] else []
     evaluate.compare(evaluate.parser().parse_args(choice))
 

@@ -70,14 +70,14 @@ def test_forced_to_zero_it_is_an_sft_step_bit_for_bit():
 
 
 def test_difficulty_and_its_running_mean():
-    darl, seen = make(), []
+    darl, seen, mean = make(), [], None
     rolled = darl.rollout
     darl.rollout = lambda *batch: (out := rolled(*batch), seen.append(out[0]))[0]
     for _ in range(3):
         stats = darl.step(BATCH)
         x = seen[-1].clamp(-1, 1).view(4, 3, -1)
         d = (x - BATCH[1].view(4, 1, -1)).abs().mean(dim=(1, 2))
-        mean = d.mean() if len(seen) == 1 else mean
+        mean = d.mean() if mean is None else mean
         torch.testing.assert_close(darl.blend_weights, (d / mean) / (1 + d / mean))
         mean = 0.95 * mean + 0.05 * d.mean()
         torch.testing.assert_close(darl.mean, mean)

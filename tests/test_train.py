@@ -6,11 +6,13 @@ import sys
 import urllib.error
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from PIL import Image
 
 import evaluate
+import labels
 import sample
 import settings
 import train
@@ -158,6 +160,24 @@ def test_sample_loses_nothing(tmp_path, runs):
             sample.check_sheet(sheet, overwrite=False)
 
 
+def test_labels_of_an_svm_and_of_a_person(runs, tmp_path, capsys, monkeypatch):
+    """A person's round trip: pairs are written, labelled, and learnt from."""
+    sft = str(runs / "sft" / "last.pt")
+    write = ["frm.py", "--ckpt", sft, "--out", str(tmp_path / "pairs"), "--n", "12"]
+    monkeypatch.setattr(sys, "argv", write)
+    labels.main()
+    assert Image.open(tmp_path / "pairs" / "0003.png").size == (2 * 256, 256)
+    path = tmp_path / "pairs" / "pairs.csv"
+    path.write_text(path.read_text().replace("_b.png,,", "_b.png,a,"))
+    with pytest.raises(SystemExit, match="may hold labels already"):
+        labels.main()
+    for name, source in (("svm", "svm"), ("person", str(path))):
+        run("frm", tmp_path / name, "--init", sft, "--labels", source)
+        assert "an SVM taught by" in capsys.readouterr().out
+        assert "accuracy_labelled" in (tmp_path / name / "metrics.csv").read_text()
+    assert "accuracy_labelled" not in (runs / "frm" / "metrics.csv").read_text()
+
+
 def test_demo_runs_the_whole_story(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(["--mode", "demo", "--steps", "2", *SMALL, "--methods", "all"])
@@ -174,6 +194,15 @@ def no_network(*args, **kwargs):
 MISTAKES = {
     "LPIPS without backbone or network": (["--mode", "lrpo", "--init", "{sft}", "--rewards",
                                            "lpips=1"], "--lpips_weights"),
+    "CLIP-IQA without weights": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "clipiqa=1"],
+                                 "--clip_weights FILE, or use --rewards offline"),
+    "CLIP weights that are a checkpoint": (["--mode", "lrpo", "--init", "{sft}", "--rewards",
+                                            "clipiqa=1", "--clip_weights", "{sft}"],
+                                           "not the weights of the CLIP"),
+    "labels that are no file": (["--mode", "frm", "--init", "{sft}", "--labels", "yes"],
+                                "--labels yes: known, svm, or"),
+    "a restorer for a face reward model": (["--mode", "lrpo", "--init", "{sft}", "--frm_weights",
+                                            "{sft}"], "not a checkpoint of --mode frm"),
     "a folder without photos": (["--mode", "sft", "--data", "{empty}"], "no photo in it"),
     "a missing folder": (["--mode", "sft", "--data", "{empty}/none"], "no such folder"),
     "only unreadable photos": (["--mode", "sft", "--data", "{text}"], "can be read"),
@@ -212,6 +241,7 @@ def test_a_mistake_gets_one_sentence_and_loses_nothing(name, runs, tmp_path, mon
         (text / f"{i}.png").write_text("not a picture")
     monkeypatch.setenv("TORCH_HOME", str(empty))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(open_clip, "download_pretrained", no_network)
     before = (runs / "sft" / "last.pt").read_bytes()
     given, message = MISTAKES[name]
     sft = runs / "sft" / "last.pt"
@@ -226,7 +256,9 @@ def test_a_mistake_gets_one_sentence_and_loses_nothing(name, runs, tmp_path, mon
 @pytest.mark.parametrize("command", [["train.py", "--mode", "sft", "--data", "none"],
                                      ["sample.py", "--ckpt", "none", "--input", "x",
                                       "--output", "y"],
-                                     ["evaluate.py", "--ckpt", "none"]])
+                                     ["evaluate.py", "--ckpt", "none"],
+                                     ["frm.py", "--ckpt", "none"],
+                                     ["rewards.py", "--frm_weights", "none"]])
 def test_a_mistake_ends_the_program_without_a_trace(command, tmp_path):
     done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True,
                           text=True, cwd=tmp_path)

@@ -1,0 +1,160 @@
+"""How each reward reacts to graded damage, and what it does not see.
+
+    python rewards.py [--data path/to/faces] [--rewards ...] [--out runs/report]
+
+Every photo is spoilt in five grades of six kinds (all ours); each term scores each grade. "rho" is
+Spearman's rank correlation of a photo's five scores with the grade, averaged over the photos: -1
+where every grade costs. "fall" is what the heaviest grade takes off the mean score of the clean
+photos. A term is blind to a kind of damage whose fall is within a tenth of its largest fall, and
+rewards one that raises it by more.
+"""
+import argparse
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+
+from data import Photos, UserError, blur, to_float, to_uint8
+from evaluate import BATCH, positive
+from model import pick_device
+from rewards import build_reward, parse_rewards
+
+BLIND = 0.1     # ours: a share of the term's largest fall
+
+
+def jpeg(x, quality):
+    """(B, 3, H, W) in [-1, 1], through a JPEG file each."""
+    def one(photo):
+        file = io.BytesIO()
+        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+        return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    return to_float(torch.stack([one(photo) for photo in to_uint8(x)]))
+
+
+def swap(x, radius):
+    """The next face in a soft-edged disc about the centre, its radius a share of the side."""
+    place = torch.linspace(-.5, .5, x.shape[-1])
+    inside = torch.sigmoid((radius - (place ** 2 + place[:, None] ** 2).sqrt()) / .02)
+    return x.lerp(x.roll(1, dims=0), inside)
+
+
+def one_noise():
+    return torch.Generator().manual_seed(0)
+
+
+# name: (five grades, what spoils x (B, 3, S, S) by a grade)
+DAMAGE = {
+    "blur": ((.5, .8, 1.2, 1.8, 2.6),       # sigma in pixels of 64
+             lambda x, g: torch.stack([blur(u, *[g * x.shape[-1] / 64] * 2, 0.) for u in x])),
+    "noise": ((5, 10, 20, 35, 50),          # sigma of 255; the same noise at every grade
+              lambda x, g: x + g / 127.5 * torch.randn(x.shape, generator=one_noise())),
+    "JPEG": ((90, 70, 45, 25, 10), jpeg),   # quality
+    "downsampling": ((1.33, 2, 3, 4, 6),    # factor, down and up again
+                     lambda x, g: F.interpolate(F.interpolate(
+                         x, size=round(x.shape[-1] / g), mode="bilinear", antialias=True),
+                         size=x.shape[-1], mode="bilinear")),
+    "colour": ((.02, .05, .1, .15, .2),     # red up, blue down, of 1
+               lambda x, g: x + 2 * g * torch.tensor([1., 0., -1.]).view(3, 1, 1)),
+    "swap": ((.1, .2, .3, .4, .5), swap),   # radius of another's face
+}
+
+
+def spearman(score: np.ndarray) -> float:
+    """Rank correlation of each row of (N, grades) with 1, 2, 3, ..., averaged over the rows; equal
+    scores share their mean rank, and a row of nothing else counts as 0."""
+    u, v, grade = score[:, :, None], score[:, None], np.arange(score.shape[1])
+    rank = (u > v).sum(axis=2) + (u == v).sum(axis=2) / 2               # (N, grades)
+    rank, grade = rank - rank.mean(axis=1, keepdims=True), grade - grade.mean()
+    norm = np.sqrt((rank ** 2).sum(axis=1) * (grade ** 2).sum())
+    return float(np.mean(rank @ grade / np.where(norm, norm, 1)))
+
+
+@torch.no_grad()
+def scores(reward, x: torch.Tensor, device) -> dict[str, dict[str, np.ndarray]]:
+    """damage -> term -> (N, 6): the clean photo's score, then the five grades'."""
+    def judge(u):
+        parts = [reward(a.to(device), b.to(device))[1] for a, b in zip(u.split(BATCH),
+                                                                       x.split(BATCH))]
+        return {term: torch.cat([part[term] for part in parts]).cpu().numpy() for term in parts[0]}
+    found, clean = {}, judge(x)
+    for kind, (grades, spoil) in DAMAGE.items():
+        columns = [clean, *(judge(spoil(x, grade).clamp(-1, 1)) for grade in grades)]
+        found[kind] = {term: np.stack([column[term] for column in columns], 1) for term in clean}
+    return found
+
+
+def table(found: dict) -> str:
+    """Markdown: a line a term, a column a kind of damage, and what the term does not see."""
+    lines = ["| rho, fall | " + " | ".join([*found, "blind to", "rewards"]) + " |",
+             "|---" * (len(found) + 3) + "|"]
+    for term in next(iter(found.values())):
+        mean = {kind: rows[term].mean(axis=0) for kind, rows in found.items()}      # (6,) each
+        fall = {kind: m[0] - m[-1] for kind, m in mean.items()}
+        least = BLIND * max(fall.values())
+        cells = [f"{spearman(rows[term][:, 1:]):.2f}, {fall[kind]:.3f}"
+                 + ("" if (np.diff(mean[kind]) < 0).all() else " (not monotone)")
+                 for kind, rows in found.items()]
+        cells += [", ".join(kind for kind, f in fall.items() if -least <= f < least) or "none",
+                  ", ".join(kind for kind, f in fall.items() if f < -least) or "none"]
+        lines.append(f"| {term} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def curves(found: dict, path):
+    """Small panels: a row a term, a column a kind of damage; mean and middle half of the photos."""
+    terms = list(next(iter(found.values())))
+    fig = Figure(figsize=(2.1 * len(found), 1.7 * len(terms)))
+    axes = fig.subplots(len(terms), len(found), squeeze=False, sharey="row")
+    for i, term in enumerate(terms):
+        for ax, (kind, rows) in zip(axes[i], found.items()):
+            low, high = np.quantile(rows[term], (.25, .75), axis=0)
+            ax.fill_between(range(6), low, high, alpha=.25)
+            ax.plot(rows[term].mean(axis=0), marker=".")
+            ax.set_title(kind if i == 0 else "", fontsize=9)
+            ax.tick_params(labelsize=7)
+        axes[i, 0].set_ylabel(term)
+    fig.tight_layout()
+    fig.savefig(path, dpi=80)
+
+
+def report(args):
+    device = pick_device(args.device)
+    reward = build_reward(parse_rewards(args.rewards), device, args.frm_weights, args.lpips_net,
+                          args.lpips_weights, args.clip_weights)
+    photos = (Photos.from_folder(args.data, args.size, "heldout", args.n) if args.data
+              else Photos.drawn(args.n, 0, args.size, "heldout"))
+    found, out = scores(reward, to_float(photos.images), device), Path(args.out)
+    text = (f"{len(photos)} held-out photos ({args.data or 'drawn faces'}) of {args.size} px\n\n"
+            f"{table(found)}\n")
+    print(text)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rewards.md").write_text(text)
+    curves(found, out / "rewards.png")
+    print(f"{out}/rewards.png: a row a term, a column a kind of damage, from clean to grade 5")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="How each reward reacts to graded damage.")
+    p.add_argument("--data", help="folder of photos with held-out files (default: drawn faces)")
+    p.add_argument("--rewards", default="offline", help="a set, or name=weight,... (offline)")
+    p.add_argument("--n", type=positive, default=200, help="how many photos (200)")
+    p.add_argument("--size", type=positive, default=64, help="their side in pixels (64)")
+    p.add_argument("--frm_weights", default="runs/frm/last.pt", help="(runs/frm/last.pt)")
+    p.add_argument("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
+    p.add_argument("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")
+    p.add_argument("--clip_weights", help="file of CLIP RN50 (default: fetched)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.add_argument("--out", default="runs/report", help="for rewards.md and rewards.png")
+    return p
+
+
+def main():
+    try:
+        report(parser().parse_args())
+    except UserError as error:
+        sys.exit(f"error: {error}")
