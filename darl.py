@@ -57,7 +57,7 @@ class DARL(LRPO):
     they part, so that its score would cancel.
     """
 
-    def __init__(self, *args, blend="adaptive", sft_weight=1.0, kl_weight=0.0, stepwise=False,
+    def __init__(self, *args, blend="adaptive", sft_weight=0.2, kl_weight=0.0, stepwise=False,
                  lpips=None, **kwargs):
         super().__init__(*args, gt_weight=0.0, **kwargs)
         if stepwise and self.branch:

@@ -77,8 +77,8 @@ class ReFL:
     """
 
     def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, *, lr=1e-4,
-                 K=10, last=2, struct_weight=1.0, reg_weight=0.01, reg="features",
-                 denoise_weight=0.0, frm_update_every=10, frm_lr=1e-4):
+                 K=10, last=2, struct_weight=15.0, reg_weight=0.01, reg="features",
+                 denoise_weight=20.0, frm_update_every=10, frm_lr=1e-4):
         if not 1 <= last <= K:
             raise ValueError(f"last must be 1 to K = {K}, not {last}")
         check_gradients(reward, net.config.size, next(net.parameters()).device)

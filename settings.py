@@ -12,28 +12,38 @@ METHODS = ["lrpo", "refl", "darl"]      # what starts from an SFT restorer
 # A value is one for every mode, or one for each.
 # gt_weight falls with the pixels: noise averages out in a mean, the likelihood's error does not.
 REAL = "face=.2,lpips=.5,dwt=.2,ssim=.1"    # ours: LRPO's .3 each bought LPIPS with PSNR (64 px)
+
+
+def rewards(composite: str, direct: str) -> dict:
+    """ReFL has its fidelity in L_struct; DARL wants a score without ground truth."""
+    return dict(sft=composite, frm=composite, lrpo=composite, refl=direct, darl="face=1")
+
+
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
         size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
-        steps=dict(sft=4500, frm=100, lrpo=80, refl=300, darl=80),
+        steps=dict(sft=4500, frm=100, lrpo=80, refl=240, darl=80),
         batch_size=dict(sft=16, frm=32, lrpo=32, refl=16, darl=32),
         lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4, refl=1e-4, darl=1e-4),
-        every=dict(sft=500, frm=50, lrpo=20, refl=50, darl=20),
-        ddim_steps=10, group=8, branch=4, gt_weight=2.7, rewards=OFFLINE, bf16="off"),
+        every=dict(sft=500, frm=50, lrpo=20, refl=60, darl=20),
+        ddim_steps=10, group=8, branch=4, gt_weight=2.7, bf16="off",
+        rewards=rewards(OFFLINE, "face=.1,ssim=.3")),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
-        steps=dict(sft=20_000, frm=200, lrpo=125, refl=300, darl=125),
+        steps=dict(sft=20_000, frm=200, lrpo=125, refl=240, darl=125),
         batch_size=dict(sft=64, frm=32, lrpo=16, refl=16, darl=16),
         lr=dict(sft=1e-3, frm=1e-3, lrpo=5e-5, refl=5e-5, darl=5e-5),
-        every=dict(sft=1000, frm=100, lrpo=25, refl=50, darl=25),
-        ddim_steps=10, group=8, branch=4, gt_weight=0.8, rewards=REAL, bf16="on"),
+        every=dict(sft=1000, frm=100, lrpo=25, refl=60, darl=25),
+        ddim_steps=10, group=8, branch=4, gt_weight=0.8, bf16="on",
+        rewards=rewards(REAL, "face=.1,lpips=.5")),
     "base": dict(       # 128 px, the paper's K and G, one GPU, hours
         size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000,
         steps=dict(sft=200_000, frm=2000, lrpo=1000, refl=3500, darl=1000),
         batch_size=dict(sft=32, frm=32, lrpo=4, refl=4, darl=4),
         lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5, refl=5e-5, darl=3e-5),
         every=dict(sft=5000, frm=500, lrpo=50, refl=500, darl=50),
-        ddim_steps=50, group=9, branch=0, gt_weight=0.08, rewards=REAL, bf16="on"),
+        ddim_steps=50, group=9, branch=0, gt_weight=0.08, bf16="on",
+        rewards=rewards(REAL, "face=.1,lpips=.5")),
 }
 # Ours. A policy gradient is noisy: the average over some 50 rollouts is what improves.
 EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.98, refl=0.99, darl=0.98)
@@ -52,8 +62,8 @@ OWN = {("frm",): {"labels"},
 def resolve(args) -> argparse.Namespace:
     """A copy in which what the command line left open is filled from the preset."""
     args = argparse.Namespace(**vars(args))
-    if args.mode == "darl" and args.rewards is None:        # a score without ground truth
-        args.rewards = "clipiqa=1" if args.clip_weights else "face=1"
+    if args.mode == "darl" and args.clip_weights:
+        args.rewards = args.rewards or "clipiqa=1"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.mode] if isinstance(value, dict) else value)
@@ -118,15 +128,15 @@ def parser() -> argparse.ArgumentParser:
     flag("--gt_target", default="posterior", choices=["marginal", "posterior"])
     flag("--gt_last", type=whole, default=0, help="strategy 2 on the last n trained steps (0: all)")
     flag("--refl_last", type=positive, default=2, help="the step with gradient: of the last n")
-    flag("--struct_weight", type=float, default=1.0, help="refl: low-pass L1 to the ground truth")
+    flag("--struct_weight", type=float, default=15.0, help="refl: low-pass L1 to the ground truth")
     flag("--reg_weight", type=float, default=0.01, help="refl: distance from the frozen network")
     flag("--reg", default="features", choices=["features", "weights"], help="... measured in")
-    flag("--denoise_weight", type=float, default=0.0, help="refl: the supervised loss")
+    flag("--denoise_weight", type=float, default=20.0, help="refl: the supervised loss")
     flag("--frm_update_every", type=whole, default=10, help="refl: steps (0: a frozen reward model)")
     flag("--frm_lr", type=float, default=1e-4, help="refl: learning rate of its reward model")
     flag("--blend", type=blend, default="adaptive", help="darl: share of RL in an image's loss: "
          "adaptive, hard (above the mean difficulty only), easy, or a number from 0 to 1")
-    flag("--sft_weight", type=float, default=1.0, help="darl: weight of the supervised loss")
+    flag("--sft_weight", type=float, default=0.2, help="darl: weight of the supervised loss")
     flag("--kl_weight", type=float, default=0.0, help="darl: KL from the policy it started as")
     flag("--stepwise", default="off", choices=["on", "off"], help="darl: credit each step with what "
          "is gained after it (needs --branch 0)")

@@ -58,7 +58,7 @@ def test_forced_to_one_it_is_an_rl_step_bit_for_bit(branch):
 
 
 def test_forced_to_zero_it_is_an_sft_step_bit_for_bit():
-    darl, sft = make(blend="0", updates=1), make()
+    darl, sft = make(blend="0", updates=1, sft_weight=1.0), make()
     darl.rollout(*BATCH)                # to bring its generator to where an update begins
     state = darl.generator.get_state()
     darl.generator.manual_seed(0)

@@ -30,7 +30,7 @@ def make(seed=0, reward=None, **changes):
     torch.nn.init.normal_(net.head[-1].weight, std=0.05)
     face = FaceRewardModel().requires_grad_(False)
     return ReFL(net, Diffusion(net.config), reward or Reward(face),
-                torch.Generator().manual_seed(seed), **dict(K=4, lr=1e-3) | changes)
+                torch.Generator().manual_seed(seed), **dict(K=4, lr=1e-3, denoise_weight=0.0) | changes)
 
 
 BATCH = (noise(1, 2, 3, 16, 16).clamp(-1, 1), noise(2, 2, 3, 16, 16).clamp(-1, 1))
