@@ -15,7 +15,7 @@ A gradient flows through each. `ms`: an image of 64 px, in a batch of 64, on one
     lpips    (-inf,1]  yes           3.1   1 - LPIPS (squeeze), deep features; all damage
     clipiqa  (0, 1)    no            8.4   CLIP-IQA, "good" against "bad" image; not measured here
     face     (0, 1)    no            1.9   Face Reward Model, ours (the papers': [-1, 1]); blur and
-                                           low resolution, no other damage: it likes noise
+                                           low resolution, hardly more; noise raises it
 
 `python rewards.py` reports how each reacts to graded damage, and what it does not see: report.py.
 """
@@ -113,7 +113,8 @@ class LPIPS(nn.Module):
 
 def load_backbone(net: nn.Module, path: str, name: str):
     """Copy a file's tensors into a backbone in order: torchvision's names differ from lpips'."""
-    source, target = load_tensors(path, "--lpips_weights"), list(net.state_dict().values())
+    source, target = (load_tensors(path, "--lpips_weights", "without it the backbone is fetched"),
+                      list(net.state_dict().values()))
     if isinstance(source, dict):
         source = [v for k, v in source.items() if not k.startswith("classifier")]
     if [getattr(v, "shape", None) for v in source] != [v.shape for v in target]:
