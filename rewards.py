@@ -9,12 +9,13 @@ Departs  A low-pass of ours stands in for the dual-tree wavelet band.
 Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,), higher better.
 A gradient flows through each. `ms`: an image of 64 px, in a batch of 64, on one CPU thread.
 
-    name     range     ground truth  ms    source
-    ssim     [-1, 1]   yes           ?     Wang et al.: structure in 11 px windows, mean over RGB
-    dwt      (0, 1]    yes           ?     LRPO: colours and layout, blind to detail
-    lpips    (-inf,1]  yes           ?     1 - LPIPS: the distance of deep features (squeeze)
-    clipiqa  (0, 1)    no            ?     CLIP-IQA: "good" against "bad" image
-    face     (0, 1)    no            ?     Face Reward Model, ours; the papers': [-1, 1]
+    name     range     ground truth  ms    source; what it sees (docs/results.md, "The rewards")
+    ssim     [-1, 1]   yes           .7    Wang et al., mean over RGB; all damage
+    dwt      (0, 1]    yes           .03   LRPO: colours and layout; all damage but fine detail
+    lpips    (-inf,1]  yes           3.1   1 - LPIPS (squeeze), deep features; all damage
+    clipiqa  (0, 1)    no            8.4   CLIP-IQA, "good" against "bad" image; not measured here
+    face     (0, 1)    no            1.9   Face Reward Model, ours (the papers': [-1, 1]); blur and
+                                           low resolution, hardly more; noise raises it
 
 `python rewards.py` reports how each reacts to graded damage, and what it does not see: report.py.
 """
@@ -112,7 +113,8 @@ class LPIPS(nn.Module):
 
 def load_backbone(net: nn.Module, path: str, name: str):
     """Copy a file's tensors into a backbone in order: torchvision's names differ from lpips'."""
-    source, target = load_tensors(path, "--lpips_weights"), list(net.state_dict().values())
+    source, target = (load_tensors(path, "--lpips_weights", "without it the backbone is fetched"),
+                      list(net.state_dict().values()))
     if isinstance(source, dict):
         source = [v for k, v in source.items() if not k.startswith("classifier")]
     if [getattr(v, "shape", None) for v in source] != [v.shape for v in target]:
