@@ -76,7 +76,7 @@ def table(rows: dict[str, dict]) -> str:
         cells = []
         for name in names:
             delta = row[name] - base[name]
-            error = delta.std().item() / len(delta) ** 0.5
+            error = delta.std().item() / len(delta) ** 0.5 if len(delta) > 1 else 0.0
             cells.append(f"{row[name].mean():.4g}" + (f" ±{error:.2g}" if error > 0 else ""))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
