@@ -124,8 +124,9 @@ def compare(args) -> dict:
     if args.quartiles:
         easiest_first = (lq - gt).abs().mean(dim=(1, 2, 3)).argsort().cpu()
         for q, part in enumerate(easiest_first.tensor_split(4), 1):
-            print(f"\nquartile {q} of 4 by the L1 distance of LQ from the ground truth, 4 the hardest")
-            print(table({label: {k: v[part] for k, v in row.items()} for label, row in rows.items()}))
+            print(f"\nquartile {q} by the L1 distance of LQ from the ground truth (4: the hardest)")
+            print(table({label: {k: v[part] for k, v in row.items()}
+                         for label, row in rows.items()}))
     print(f"{out}/comparison.png: LQ | {' | '.join(labels)} | ground truth")
     return means
 

@@ -1,4 +1,4 @@
-"""ReFL: the gradient of a reward through the last denoising steps, and a reward model that keeps up.
+"""ReFL: a reward's gradient through the last denoising steps, and a reward model that keeps up.
 
 Papers   DiffusionReward (Wu et al. 2025, arXiv 2505.17910); ReFL is of ImageReward (Xu et al. 2023,
          arXiv 2304.05977).

@@ -47,12 +47,11 @@ PRESETS = {
 }
 # Ours. A policy gradient is noisy: the average over some 50 rollouts is what improves.
 EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.98, refl=0.99, darl=0.98)
-WARMUP = dict(sft=100, frm=20, lrpo=2, refl=10, darl=2)              # steps of linear learning-rate warm-up (ours)
+WARMUP = dict(sft=100, frm=20, lrpo=2, refl=10, darl=2)     # steps of linear warm-up (ours)
 
 # Flags that only some modes read; a run of another mode goes on without regard to them.
 OWN = {("frm",): {"labels"},
-       ("lrpo", "darl"): {"eta", "group", "branch", "updates", "clip", "adv_std",
-                          "noise_level_weights"},
+       ("lrpo", "darl"): {"group", "branch", "updates", "clip", "adv_std", "noise_level_weights"},
        ("lrpo",): {"pg_weight", "gt_weight", "gt_target", "gt_last"},
        ("darl",): {"blend", "sft_weight", "kl_weight", "stepwise"},
        ("refl",): {"refl_last", "struct_weight", "reg_weight", "reg", "denoise_weight",
@@ -132,12 +131,12 @@ def parser() -> argparse.ArgumentParser:
     flag("--reg_weight", type=float, default=0.01, help="refl: distance from the frozen network")
     flag("--reg", default="features", choices=["features", "weights"], help="... measured in")
     flag("--denoise_weight", type=float, default=20.0, help="refl: the supervised loss")
-    flag("--frm_update_every", type=whole, default=10, help="refl: steps (0: a frozen reward model)")
+    flag("--frm_update_every", type=whole, default=10, help="refl: steps (0: freeze it)")
     flag("--frm_lr", type=float, default=1e-4, help="refl: learning rate of its reward model")
     flag("--blend", type=blend, default="adaptive", help="darl: share of RL in an image's loss: "
          "adaptive, hard (above the mean difficulty only), easy, or a number from 0 to 1")
     flag("--sft_weight", type=float, default=0.2, help="darl: weight of the supervised loss")
     flag("--kl_weight", type=float, default=0.0, help="darl: KL from the policy it started as")
-    flag("--stepwise", default="off", choices=["on", "off"], help="darl: credit each step with what "
-         "is gained after it (needs --branch 0)")
+    flag("--stepwise", default="off", choices=["on", "off"], help="darl: credit each step with "
+         "what is gained after it (needs --branch 0)")
     return p

@@ -30,7 +30,8 @@ def make(seed=0, reward=None, **changes):
     torch.nn.init.normal_(net.head[-1].weight, std=0.05)
     face = FaceRewardModel().requires_grad_(False)
     return ReFL(net, Diffusion(net.config), reward or Reward(face),
-                torch.Generator().manual_seed(seed), **dict(K=4, lr=1e-3, denoise_weight=0.0) | changes)
+                torch.Generator().manual_seed(seed),
+                **dict(K=4, lr=1e-3, denoise_weight=0.0) | changes)
 
 
 BATCH = (noise(1, 2, 3, 16, 16).clamp(-1, 1), noise(2, 2, 3, 16, 16).clamp(-1, 1))
@@ -168,7 +169,8 @@ def test_the_reward_rises_and_the_judge_stays():
 
 def test_the_dynamic_reward_model_learns_to_prefer_the_photo():
     refl = make(frm_lr=1e-3)
-    restored, lq, gt = (noise(s, 8, 3, 16, 16).clamp(-1, 1) * w for s, w in ((6, 1), (7, .5), (8, .2)))
+    restored, lq, gt = (noise(s, 8, 3, 16, 16).clamp(-1, 1) * w
+                        for s, w in ((6, 1), (7, .5), (8, .2)))
     for _ in range(30):
         stats = refl.update_frm(restored, lq, gt)
     assert stats["frm_accuracy"] == 1 and stats["frm_loss"] < 0.3

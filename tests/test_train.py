@@ -112,7 +112,8 @@ def test_evaluate_and_sample(runs, tmp_path, capsys):
     psnr = [[float(line.split("|")[2].split()[0]) for line in table if line.startswith(f"| {row} ")]
             for row in ("LQ", "sft", "lrpo")]               # of all images, then of each quarter
     for overall, *quarters in psnr:     # six images: quarters of two, two, one and one
-        assert sum(q * n for q, n in zip(quarters, (2, 2, 1, 1))) / 6 == pytest.approx(overall, abs=.02)
+        mean = sum(q * n for q, n in zip(quarters, (2, 2, 1, 1))) / 6
+        assert mean == pytest.approx(overall, abs=.02)
     assert psnr[0][1] > psnr[0][4]      # the easiest are nearest to their ground truth
     figures = json.loads((tmp_path / "e" / "metrics.json").read_text())
     row = figures["rows"]["lrpo"]
