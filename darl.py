@@ -113,7 +113,7 @@ class DARL(LRPO):
     def picture(self, rows: list[dict], folder):
         """blend.png: lambda against difficulty, each rollout's quartiles, coloured by step."""
         points = [(float(row[f"difficulty_q{q}"]), float(row[f"lambda_q{q}"]), int(row["step"]))
-                  for row in rows for q in range(1, 5) if row.get(f"lambda_q{q}")]
+                  for row in rows for q in range(1, 5) if row.get(f"lambda_q{q}", "") != ""]
         fig = Figure(figsize=(6, 4))
         ax = fig.subplots()
         d, lam, step = zip(*points)

@@ -130,3 +130,11 @@ def test_quartiles():
     values, d = torch.tensor([1., 2, 3, 4, 5, 6, 7, 8]), torch.tensor([8., 7, 6, 5, 4, 3, 2, 1])
     assert by_quartile(values, d) == [7.5, 5.5, 3.5, 1.5]
     assert by_quartile(values[:2], d[:2]) == [2, 1]     # fewer images than quarters
+
+
+def test_the_picture_is_drawn_even_where_lambda_is_nil(tmp_path):
+    darl = make(blend="0")
+    rows = [{"step": 0, "heldout_psnr": 20.0}, {"step": 1, **darl.step(BATCH)},
+            {"step": "2", "lambda_q1": "", "difficulty_q1": ""}]       # as read back from a file
+    darl.picture(rows, tmp_path)
+    assert (tmp_path / "blend.png").stat().st_size > 1000
