@@ -8,10 +8,10 @@ Claims   of the abstract, in our words; each can be put to the test by a flag:
            2. RL is for hard samples, those far from their ground truth     --blend hard, easy, 1
            3. as samples come near, supervised training is blended in, by a weight that follows
               their relative difficulty                                     --blend adaptive, .5
-           4. rewards are given step by step along the trajectory           --stepwise on
-           5. a KL term keeps the policy near the pretrained one            --kl_weight
+           4. rewards are given step by step along the trajectory (off)     --stepwise on
+           5. a KL term keeps the policy near the pretrained one (off)      --kl_weight .1
 Reading  (ours) For each LQ image i of a rollout, with its group of G restorations:
-           d_i      = their mean distance from the ground truth: LPIPS where given, else L1
+           d_i      = their mean distance from the ground truth: LPIPS where loaded, else L1
            rho_i    = d_i / running mean of d
            lambda_i = rho_i / (1 + rho_i)                   1/2 at the mean, towards 1 when hard
            L        = mean over i of lambda_i L_RL + w (1 - lambda_i) L_SFT  + beta KL(pi || pi_ref)
@@ -55,6 +55,7 @@ class DARL(LRPO):
 
     ValueError for step-wise rewards with a branch: the members of a group share the state in which
     they part, so that its score would cancel.
+    best.pt is chosen by the rewarded score, which can be hacked: last.pt is what is compared.
     """
 
     def __init__(self, *args, blend="adaptive", sft_weight=0.2, kl_weight=0.0, stepwise=False,

@@ -97,7 +97,7 @@ def compare(args) -> dict:
     K = args.ddim_steps or saved["ddim_steps"]
     frm = args.frm_weights or Path(args.ckpt[0]).parent.parent / "frm" / "last.pt"
     reward = build_reward(parse_rewards(args.rewards or saved["rewards"]), device, frm,
-                          args.lpips_net, args.lpips_weights, args.clip_weights)
+                          args.lpips_net, args.lpips_weights, args.clip_weights, size)
     lpips = reward.terms.get("lpips")
     if args.lpips_weights and lpips is None:
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clip_weights", help="file of CLIP RN50 (default: fetched)")
     p.add_argument("--ddim_steps", type=positive, help="K (default: as in training)")
     p.add_argument("--eta", type=float, default=EVAL_ETA, help=f"DDIM noise (default {EVAL_ETA})")
-    p.add_argument("--seed", type=int, default=0, help="of the sampler's noise")
+    p.add_argument("--seed", type=whole, default=0, help="of the sampler's noise")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--out", default="runs/evaluation", help="for metrics.json, comparison.png")
     return p

@@ -92,9 +92,10 @@ class ClipFaceRewardModel(nn.Module):
         """Nothing to do: a cosine has its range already."""
 
 
-def load_face_reward(path, config: dict = None) -> nn.Module:
+def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
     """The model that a file holds: one of ours (--mode frm), or the published FaceRewardModel.pth,
-    a dict whose `state_dict` is an open_clip model's. `config`: of a CLIP other than ViT-H-14."""
+    a dict whose `state_dict` is an open_clip model's. `config`: of a CLIP other than ViT-H-14.
+    `size`: of the pictures to be judged, in pixels; ours must have been trained at that size."""
     remedy = "train one with train.py --mode frm, or use --rewards ssim=.5,dwt=.5"
     source, state = f"--frm_weights {path}", load_tensors(path, "--frm_weights", remedy)
     ours = isinstance(state, dict) and state.get("mode") == "frm"
@@ -102,6 +103,9 @@ def load_face_reward(path, config: dict = None) -> nn.Module:
     if not isinstance(weights, dict):
         raise UserError(f"{source}: not a checkpoint of --mode frm, nor a published one; {remedy}")
     if ours and "out.weight" in weights:
+        if size not in (None, state["args"]["size"]):
+            raise UserError(f"{source}: trained on {state['args']['size']} px, not {size} px; "
+                            "--frm_weights names another, --mode frm --overwrite trains anew")
         face = FaceRewardModel()
         face.load_state_dict(weights)
         return face

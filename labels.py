@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Photos, UserError, pairs, read_photo, sheet, to_float
-from evaluate import positive, restore
+from evaluate import positive, restore, whole
 from frm import graded
 from model import load_restorer, pick_device
 from rewards import dwt, psnr, ssim
@@ -126,8 +126,9 @@ def read_labels(path, size: int):
 def write_pairs(args):
     """Pairs for a person: NNNN.png (a | b) to look at, both and the photo, and pairs.csv."""
     out = Path(args.out)
-    if (out / "pairs.csv").exists():
-        raise UserError(f"--out {out}: its pairs.csv may hold labels already; choose another")
+    if out.is_file() or (out / "pairs.csv").exists():
+        raise UserError(f"--out {out}: is a file, or its pairs.csv may hold labels already; choose "
+                        "another")
     net, state = load_restorer(args.ckpt, pick_device(args.device))
     saved, size = state["args"], net.config.size
     data = args.data or saved["data"]
@@ -154,7 +155,7 @@ def main():
     p.add_argument("--data", help="folder of photos (default: as trained)")
     p.add_argument("--out", default="pairs", help="a new folder")
     p.add_argument("--n", type=positive, default=100, help="how many pairs (100)")
-    p.add_argument("--seed", type=int, default=1, help="of the choice of photos and degradations")
+    p.add_argument("--seed", type=whole, default=1, help="of the choice of photos and degradations")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     try:
         write_pairs(p.parse_args())

@@ -42,6 +42,8 @@ class Config:
         unit = self.patch * 2 ** (len(self.mults) - 1)
         if self.size % unit:
             raise ValueError(f"size {self.size} must be a multiple of {unit} for this network")
+        if self.channels < 4:
+            raise ValueError(f"channels must be 4 or more, not {self.channels}")
         if self.prediction not in ("v", "eps"):
             raise ValueError(f"prediction must be 'v' or 'eps', not {self.prediction!r}")
 
@@ -214,9 +216,10 @@ class Diffusion:
         return (out - target).square().mean(dim=(1, 2, 3))
 
     def schedule(self, K: int) -> list[tuple[int, int]]:
-        """K pairs (t, s), noisiest first, evenly spaced and ending at s = -1. 1 <= K <= T."""
+        """K pairs (t, s), noisiest first, evenly spaced and ending at s = -1. UserError
+        unless 1 <= K <= T."""
         if not 1 <= K <= self.T:
-            raise ValueError(f"the number of sampling steps must be 1 to {self.T}, not {K}")
+            raise UserError(f"--ddim_steps: the number of sampling steps is 1 to {self.T}, not {K}")
         tau = [round(self.T * (K - k) / K) - 1 for k in range(K)] + [-1]
         return list(zip(tau[:-1], tau[1:]))
 

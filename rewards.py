@@ -146,6 +146,8 @@ def parse_rewards(text: str) -> dict[str, float]:
         if name not in TERMS:
             raise UserError(f"--rewards: {name!r} is no reward; there are {', '.join(TERMS)}, "
                             f"and the sets {', '.join(SETS)}")
+        if name in weights:
+            raise UserError(f"--rewards: {name} is named twice")
         try:
             weights[name] = float(weight)
             if not math.isfinite(weights[name]):
@@ -182,11 +184,12 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def build_reward(weights: dict[str, float], device, frm_weights=None, lpips_net="squeeze",
-                 lpips_weights=None, clip_weights=None) -> CompositeReward:
-    """The composite with its models loaded; UserError where one of them is not to be had."""
+                 lpips_weights=None, clip_weights=None, size: int = None) -> CompositeReward:
+    """The composite with its models loaded; UserError where one of them is not to be had, or a
+    face reward model of ours was trained on photos of another `size`."""
     face = lpips = clipiqa = None
     if "face" in weights:
-        face = load_face_reward(frm_weights).to(device).eval().requires_grad_(False)
+        face = load_face_reward(frm_weights, size=size).to(device).eval().requires_grad_(False)
     if "lpips" in weights:
         lpips = LPIPS(lpips_net, lpips_weights).to(device)
     if "clipiqa" in weights:

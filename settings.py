@@ -9,8 +9,6 @@ from evaluate import positive, whole
 from rewards import OFFLINE
 
 METHODS = ["lrpo", "refl", "darl"]      # what starts from an SFT restorer
-# A value is one for every mode, or one for each.
-# gt_weight falls with the pixels: noise averages out in a mean, the likelihood's error does not.
 REAL = "face=.2,lpips=.5,dwt=.2,ssim=.1"    # ours: LRPO's .3 each bought LPIPS with PSNR (64 px)
 
 
@@ -19,6 +17,8 @@ def rewards(composite: str, direct: str) -> dict:
     return dict(sft=composite, frm=composite, lrpo=composite, refl=direct, darl="face=1")
 
 
+# A value is one for every mode, or one for each.
+# gt_weight falls with the pixels: noise averages out in a mean, the likelihood's error does not.
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
         size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
@@ -97,9 +97,9 @@ def parser() -> argparse.ArgumentParser:
     flag("--steps", type=positive, help="calls of the method's step, in all")
     flag("--minutes", type=float, help="stop after this much training time of this call")
     flag("--every", type=positive, help="steps between measurements, with checkpoints")
-    flag("--batch_size", type=positive, help="images a step; for lrpo, groups")
+    flag("--batch_size", type=positive, help="images a step; for lrpo and darl, groups")
     flag("--lr", type=float, help="learning rate")
-    flag("--seed", type=int, default=0)
+    flag("--seed", type=whole, default=0)
     flag("--device", default="auto", help="auto, cpu, cuda")
     flag("--bf16", choices=["on", "off"], help="network in bfloat16; likelihoods stay in float32")
     flag("--size", type=positive, help="side of the images in pixels")
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--labels", default="known", help="what frm learns from: known (pairs of known order), "
          "svm (also pairs that an SVM labels), or a CSV of a person's labels, which teach the SVM")
     flag("--ddim_steps", type=positive, help="K, sampling steps")
-    flag("--eta", type=float, default=1.0, help="DDIM noise of the rollouts (1: LRPO)")
+    flag("--eta", type=float, default=1.0, help="DDIM noise of the rollouts (refl draws its own)")
     flag("--group", type=positive, help="G, restorations of one image")
     flag("--branch", type=whole, help="a group parts at one of the last n steps (0: at each)")
     flag("--updates", type=positive, default=2, help="optimiser steps on a rollout")

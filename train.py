@@ -1,4 +1,4 @@
-"""Train: supervised (sft), a face reward model (frm), LRPO (lrpo), or the whole story (demo).
+"""Train: sft (supervised), frm (a face reward model), lrpo, refl, darl, or demo (the whole story).
 
     python train.py --mode demo                         drawn faces, two CPU cores, minutes
     python train.py --mode sft                          then:
@@ -84,7 +84,7 @@ def build(args, device, generator, photos):
     weights = parse_rewards(REWARDED_WITHOUT_FRM if args.mode == "sft" else args.rewards)
     frm = args.frm_weights or beside / "frm" / "last.pt"
     reward = build_reward(weights, device, frm, args.lpips_net, args.lpips_weights,
-                          args.clip_weights)
+                          args.clip_weights, args.size)
     method = make_method(args, net, diffusion, reward, generator)
 
     def validate(averaged):
@@ -111,10 +111,12 @@ def make_method(args, net, diffusion, reward, generator):
     if args.mode == "lrpo":
         return LRPO(*given, **policy, pg_weight=args.pg_weight, gt_weight=args.gt_weight,
                     gt_target=args.gt_target, gt_last=args.gt_last)
-    lpips = LPIPS(args.lpips_net, args.lpips_weights) if args.lpips_weights else None
-    return DARL(*given, **policy, blend=args.blend, sft_weight=args.sft_weight,
-                kl_weight=args.kl_weight, stepwise=args.stepwise == "on",
-                lpips=lpips and lpips.to(diffusion.abar.device))
+    lpips = reward.terms.get("lpips")
+    if args.lpips_weights and lpips is None:
+        lpips = LPIPS(args.lpips_net, args.lpips_weights).to(diffusion.abar.device)
+    print(f"darl: rewards {args.rewards}; difficulty by {'LPIPS' if lpips else 'L1'}")
+    return DARL(*given, **policy, blend=args.blend, sft_weight=args.sft_weight, lpips=lpips,
+                kl_weight=args.kl_weight, stepwise=args.stepwise == "on")
 
 
 def train(args):
@@ -188,6 +190,8 @@ def train(args):
 def check(args):
     """Refuse what cannot work before any work is done and any file written."""
     last = Path(args.out) / "last.pt"
+    if Path(args.out).is_file():
+        raise UserError(f"--out {args.out}: is a file; name a folder")
     if args.resume and not last.exists():
         raise UserError(f"--resume: there is no {last} to go on from")
     if last.exists() and not args.resume and not args.overwrite:
@@ -203,6 +207,12 @@ def check(args):
             raise UserError(f"--group and --ddim_steps must be 2 or more in {args.mode}")
         if args.branch >= args.ddim_steps:
             raise UserError(f"--branch {args.branch}: must be below --ddim_steps {args.ddim_steps}")
+    if args.mode == "darl" and args.stepwise == "on" and args.branch:
+        raise UserError("--stepwise on: needs --branch 0 (and a smaller --batch_size)")
+    if args.mode == "darl" and args.lpips_weights:
+        LPIPS(args.lpips_net, args.lpips_weights)
+    if args.mode == "refl" and args.refl_last > args.ddim_steps:
+        raise UserError(f"--refl_last {args.refl_last}: at most --ddim_steps {args.ddim_steps}")
     if args.mode in METHODS:
         fetched = {name: w for name, w in terms.items() if name != "face"}
         build_reward(fetched, "cpu", None, args.lpips_net, args.lpips_weights, args.clip_weights)
@@ -253,13 +263,13 @@ def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
 
 # What may differ when a run goes on; everything else would make it another run.
 FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite", "methods",
-                  "init", "frm_weights", "lpips_weights", "clip_weights"}
+                  "lpips_weights", "clip_weights"}
 
 
 def demo(args):
     """sft, frm, each method of --methods, sft trained on for as long as they took; a table."""
     methods = METHODS if "all" in args.methods else args.methods
-    root, stages = Path(args.out), ["sft", "frm", *methods]
+    root, stages = Path(args.out), ["sft", *([] if args.frm_weights else ["frm"]), *methods]
 
     def stage(mode, name, **changes):
         return resolve(argparse.Namespace(
@@ -277,7 +287,7 @@ def demo(args):
     # The baseline that any method must beat: supervised training for the same extra wall time.
     shutil.rmtree(root / "sft_longer", ignore_errors=True)
     shutil.copytree(root / "sft", root / "sft_longer")
-    extra = seconds("frm") + max(seconds(m) for m in methods)
+    extra = ("frm" in runs and seconds("frm")) + max(seconds(m) for m in methods)
     train(stage("sft", "sft_longer", resume=True, overwrite=False, minutes=extra / 60,
                 steps=100 * runs["sft"].steps))
     ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *methods]]

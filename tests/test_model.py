@@ -97,7 +97,7 @@ def test_sampling_any_K_and_the_seed_decides():
         assert torch.equal(run(K, 1.0, 0), run(K, 1.0, 0))
     assert not torch.equal(run(3, 1.0, 0), run(3, 1.0, 1))
     assert not torch.equal(run(3, 1.0, 0), run(3, 0.0, 0))
-    with pytest.raises(ValueError, match="1 to 1000"):
+    with pytest.raises(UserError, match="1 to 1000"):
         d.schedule(0)
 
 

@@ -114,6 +114,9 @@ def test_a_reward_without_gradient_is_refused_by_name():
     blind.terms["ssim"] = lambda x, gt: ssim(x.detach(), gt)
     with pytest.raises(UserError, match="--rewards ssim: passes no gradient"):
         make(reward=blind)
+    blind.terms["ssim"] = lambda x, gt: ssim(x.round(), gt)     # a graph, but no slope
+    with pytest.raises(UserError, match="--rewards ssim: passes no gradient"):
+        make(reward=blind)
 
 
 def test_the_distances_in_closed_form():
@@ -174,4 +177,8 @@ def test_the_dynamic_reward_model_learns_to_prefer_the_photo():
     for _ in range(30):
         stats = refl.update_frm(restored, lq, gt)
     assert stats["frm_accuracy"] == 1 and stats["frm_loss"] < 0.3
+    refl = make(frm_lr=1e-3)
+    for _ in range(30):         # a restoration that cannot be told: it still learns what LQ is
+        stats = refl.update_frm(gt, lq, gt)
+    assert stats["frm_accuracy"] == 0 and (refl.frm.score(gt) > refl.frm.score(lq)).all()
     assert not any(p.requires_grad for p in refl.frm.parameters())

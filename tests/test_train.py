@@ -17,6 +17,8 @@ import sample
 import settings
 import train
 from data import UserError
+from frm import FaceRewardModel
+from rewards import CompositeReward
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "16", "--channels", "8", "--mults", "1,2", "--faces", "24", "--batch_size", "4",
@@ -96,6 +98,44 @@ def test_resume_is_bit_for_bit(runs, tmp_path, mode):
             logs.append([{k: v for k, v in row.items() if k != "seconds"}
                          for row in csv.DictReader(file)])
     assert len(logs[0]) == 7 and logs[0] == logs[1]
+
+
+def test_a_face_reward_model_of_another_size_is_refused(runs, tmp_path):
+    run("sft", tmp_path / "sft", "--size", "32")
+    for mode in ("lrpo", "refl", "darl"):
+        with pytest.raises(UserError, match="trained on 16 px, not 32 px"):
+            run(mode, tmp_path / mode, "--size", "32", "--frm_weights",
+                str(runs / "frm" / "last.pt"))
+        assert not (tmp_path / mode).exists()
+
+
+# What a method keeps under another name than its flag.
+ATTRIBUTE = {"noise_level_weights": "noise_weights", "refl_last": "last",
+             "frm_update_every": "every"}
+
+
+@pytest.mark.parametrize("mode", ["lrpo", "refl", "darl"])
+def test_every_flag_of_a_method_reaches_it(mode):
+    """Each with a value of its own, none of them the default."""
+    given = {"group": 3, "branch": 1, "updates": 5, "clip": 0.7, "adv_std": "batch",
+             "noise_level_weights": "off", "pg_weight": 1.1, "gt_weight": 1.2,
+             "gt_target": "marginal", "gt_last": 4, "blend": "hard", "sft_weight": 1.3,
+             "kl_weight": 1.4, "stepwise": "off", "refl_last": 6, "struct_weight": 1.5,
+             "reg_weight": 1.6, "reg": "weights", "denoise_weight": 1.7, "frm_update_every": 8,
+             "frm_lr": 1.8}
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    args = settings.resolve(settings.parser().parse_args(["--mode", mode, *flags, "--lr", "1.9"]))
+    net = train.UNet(train.Config(size=16, channels=8, mults=(1, 2)))
+    reward = CompositeReward({"ssim": 0.5, "face": 0.5}, FaceRewardModel().requires_grad_(False))
+    method = train.make_method(args, net, train.Diffusion(net.config), reward, torch.Generator())
+    own = set().union(*(names for modes, names in settings.OWN.items() if mode in modes))
+    assert own <= set(given)
+    for name in own - {"frm_lr"}:
+        want = {"off": False}.get(given[name], given[name])
+        assert getattr(method, ATTRIBUTE.get(name, name)) == want, name
+    assert method.optimizer.defaults["lr"] == 1.9
+    if mode == "refl":
+        assert method.frm_optimizer.defaults["lr"] == 1.8
 
 
 def test_minutes_stop_a_run_early(tmp_path):
@@ -216,10 +256,16 @@ MISTAKES = {
     "nothing left to do": (["--mode", "sft", "--resume", "--out", "{runs}/sft"], "more --steps"),
     "another mode's run": (["--mode", "frm", "--resume", "--init", "{sft}", "--out", "{runs}/sft"],
                            "was run with --"),
-    "step-wise rewards with a branch": (["--mode", "darl", "--init", "{sft}", "--frm_weights",
-                                         "{runs}/frm/last.pt", "--stepwise", "on"], "--branch 0"),
-    "a late step beyond the first": (["--mode", "refl", "--init", "{sft}", "--rewards", "ssim=1",
-                                      "--refl_last", "4"], "1 to K = 3"),
+    "step-wise rewards with a branch": (["--mode", "darl", "--init", "{sft}", "--stepwise", "on"],
+                                        "--branch 0"),
+    "a late step beyond the first": (["--mode", "refl", "--init", "{sft}", "--refl_last", "4"],
+                                     "at most --ddim_steps 3"),
+    "difficulty by a missing LPIPS": (["--mode", "darl", "--init", "{sft}", "--lpips_weights",
+                                       "none.pth"], "none.pth: no such file"),
+    "a reward named twice": (["--mode", "refl", "--init", "{sft}", "--rewards", "ssim=1,ssim=.5"],
+                             "ssim is named twice"),
+    "a run folder that is a file": (["--mode", "sft", "--out", "{runs}/sft/args.json"],
+                                    "is a file"),
     "a branch too long": (["--mode", "lrpo", "--init", "{sft}", "--branch", "3"], "--branch 3"),
     "a group of one": (["--mode", "lrpo", "--init", "{sft}", "--group", "1"], "--group"),
     "another network": (["--mode", "sft", "--resume", "--patch", "1", "--out", "{runs}/sft"],
