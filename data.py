@@ -36,6 +36,14 @@ class UserError(Exception):
     """A mistake of the user's (bad path, bad file), told in one sentence and without a trace."""
 
 
+def run_main(main):
+    """A program, ended by a user's mistake with its sentence and a non-zero exit."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
 def find_photos(folder, flag="--data") -> list[Path]:
     """Photos in and below a folder, by relative path: the same order on every system. Hidden ones
     (macOS leaves ._x.jpg) are passed over. UserError where there is no folder or no photo."""

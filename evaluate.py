@@ -11,13 +11,12 @@ import argparse
 import csv
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from data import Photos, UserError, pairs, sheet
+from data import Photos, UserError, pairs, run_main, sheet
 from model import Diffusion, load_restorer, pick_device
 from rewards import LPIPS, build_reward, parse_rewards, psnr, ssim
 
@@ -186,7 +185,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        compare(parser().parse_args())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(lambda: compare(parser().parse_args()))

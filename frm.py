@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipiqa import build_clip, normalise
-from data import UserError, degrade, draw_degradation, to_float, to_uint8
+from data import UserError, degrade, draw_degradation, run_main, to_float, to_uint8
 from model import load_tensors, norm
 
 
@@ -170,4 +170,4 @@ def graded(gt: Tensor, rng) -> tuple[Tensor, Tensor]:
 
 if __name__ == "__main__":
     from labels import main     # not above: it needs the rewards, and they need this file
-    main()
+    run_main(main)

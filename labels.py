@@ -9,7 +9,6 @@ Departs  The metrics are ours. Where no person is to hand (--labels svm) pairs o
 """
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +156,4 @@ def main():
     p.add_argument("--n", type=positive, default=100, help="how many pairs (100)")
     p.add_argument("--seed", type=whole, default=1, help="of the choice of photos and degradations")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    try:
-        write_pairs(p.parse_args())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    write_pairs(p.parse_args())

@@ -10,7 +10,6 @@ rewards one that raises it by more.
 """
 import argparse
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data import Photos, UserError, blur, to_float, to_uint8
+from data import Photos, blur, to_float, to_uint8
 from evaluate import BATCH, positive
 from model import pick_device
 from rewards import build_reward, parse_rewards
@@ -154,7 +153,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main():
-    try:
-        report(parser().parse_args())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    report(parser().parse_args())

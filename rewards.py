@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipiqa import CLIPIQA, load_clipiqa
-from data import UserError
+from data import UserError, run_main
 from frm import load_face_reward
 from model import load_tensors
 
@@ -199,4 +199,4 @@ def build_reward(weights: dict[str, float], device, frm_weights=None, lpips_net=
 
 if __name__ == "__main__":
     from report import main     # not above: it needs the rewards
-    main()
+    run_main(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import UserError, find_photos, read_photo, sheet, to_float
+from data import UserError, find_photos, read_photo, run_main, sheet, to_float
 from evaluate import EVAL_ETA, positive, whole
 from model import Diffusion, load_restorer, pick_device
 
@@ -92,7 +92,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main(parser().parse_args())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(lambda: main(parser().parse_args()))

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 import evaluate
 from darl import DARL
-from data import Photos, UserError, sheet, train_batch
+from data import Photos, UserError, run_main, sheet, train_batch
 from evaluate import Log
 from frm import FaceRewardModel, FaceRewardTraining, load_face_reward
 from labels import label_pairs, read_labels, unknown_pairs
@@ -315,7 +314,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)
