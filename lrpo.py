@@ -20,8 +20,9 @@ Departs  (the published code does the first of each pair)
            the paper's form, and what --preset base keeps).
          The last DDIM step has sigma = 0, so no density: it is left out, see `trained_steps`.
 Found    (docs/results.md; drawn faces, 32 px, K = 10) With full trajectories the policy gradient of
-         512 samples cannot be told from noise, not even that of `face` alone: what one step's noise
-         did to the reward is lost among the others. With a branch it can.
+         512 samples cannot be told from noise: what one step's noise did to the reward is lost
+         among the others. Over fifty rollouts it still lifts `face` by .12; with a branch, by .20
+         in the same time.
          Likelihood and policy gradient pull against each other: the one raises PSNR and lowers
          `face`, the other the other way round. gt_weight sets the balance, which tips towards the
          likelihood as training goes on: 80 rollouts at 1e-4 lift every part, more do not. A higher
