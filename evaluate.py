@@ -35,8 +35,26 @@ def positive(text: str) -> int:
 def whole(text: str) -> int:
     """An argparse type."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
+
+
+def amount(text: str) -> float:
+    """An argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type."""
+    if not 0 <= amount(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return float(text)
 
 
 def held_out(data, size: int, n: int, device):
@@ -84,6 +102,8 @@ def table(rows: dict[str, dict]) -> str:
 def compare(args) -> dict:
     """Restore with every checkpoint, print the table, write the files. Returns the mean figures."""
     device = pick_device(args.device)
+    if args.quartiles and args.n < 4:
+        raise UserError(f"--quartiles: needs --n 4 or more, not {args.n}")
     nets, states = zip(*[load_restorer(path, device) for path in args.ckpt])
     labels = [Path(p).parent.name if Path(p).stem == "last" else str(p) for p in args.ckpt]
     size, saved = nets[0].config.size, states[0]["args"]
@@ -177,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lpips_weights", help="backbone file; with it the table has an LPIPS column")
     p.add_argument("--clip_weights", help="file of CLIP RN50 (default: fetched)")
     p.add_argument("--ddim_steps", type=positive, help="K (default: as in training)")
-    p.add_argument("--eta", type=float, default=EVAL_ETA, help=f"DDIM noise (default {EVAL_ETA})")
+    p.add_argument("--eta", type=share, default=EVAL_ETA, help=f"DDIM noise (default {EVAL_ETA})")
     p.add_argument("--seed", type=whole, default=0, help="of the sampler's noise")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--out", default="runs/evaluation", help="for metrics.json, comparison.png")

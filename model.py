@@ -303,7 +303,8 @@ def load_tensors(path, flag: str, remedy: str = "") -> dict:
     """A file of plain types; never one that could run code. UserError names flag and remedy."""
     remedy = remedy and f"; {remedy}"
     if not Path(path).is_file():
-        raise UserError(f"{flag} {path}: no such file{remedy}")
+        what = "a folder, not the last.pt in it" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{flag} {path}: {what}{remedy}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # torch raises many kinds; each means: not such a file

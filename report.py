@@ -124,12 +124,13 @@ def curves(found: dict, path):
 def report(args):
     device = pick_device(args.device)
     reward = build_reward(parse_rewards(args.rewards), device, args.frm_weights, args.lpips_net,
-                          args.lpips_weights, args.clip_weights)
+                          args.lpips_weights, args.clip_weights, args.size)
     photos = (Photos.from_folder(args.data, args.size, "heldout", args.n) if args.data
               else Photos.drawn(args.n, 0, args.size, "heldout"))
     found, out = scores(reward, to_float(photos.images), device), Path(args.out)
     text = (f"{len(photos)} held-out photos ({args.data or 'drawn faces'}) of {args.size} px\n\n"
-            f"{table(found)}\n")
+            f"{table(found)}\n\nrho: Spearman's correlation with the grade (-1: each grade costs); "
+            "fall: what the heaviest grade costs.\n")
     print(text)
     out.mkdir(parents=True, exist_ok=True)
     (out / "rewards.md").write_text(text)
@@ -142,7 +143,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", help="folder of photos with held-out files (default: drawn faces)")
     p.add_argument("--rewards", default="offline", help="a set, or name=weight,... (offline)")
     p.add_argument("--n", type=positive, default=200, help="how many photos (200)")
-    p.add_argument("--size", type=positive, default=64, help="their side in pixels (64)")
+    p.add_argument("--size", type=positive, default=32, help="their side in pixels, as the face "
+                   "reward model was trained on (32)")
     p.add_argument("--frm_weights", default="runs/frm/last.pt", help="(runs/frm/last.pt)")
     p.add_argument("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
     p.add_argument("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")

@@ -150,10 +150,11 @@ def parse_rewards(text: str) -> dict[str, float]:
             raise UserError(f"--rewards: {name} is named twice")
         try:
             weights[name] = float(weight)
-            if not math.isfinite(weights[name]):
+            if not 0 <= weights[name] < math.inf:
                 raise ValueError
         except ValueError:
-            raise UserError(f"--rewards {item}: write name=weight, as in ssim=.4,dwt=.6") from None
+            raise UserError(f"--rewards {item}: write name=weight, as in ssim=.4,dwt=.6, "
+                            "with weights of 0 or more") from None
     return weights
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, find_photos, read_photo, run_main, sheet, to_float
-from evaluate import EVAL_ETA, positive, whole
+from evaluate import EVAL_ETA, positive, share, whole
 from model import Diffusion, load_restorer, pick_device
 
 SHEET_SIDE = 128        # pixels that each picture of the sheet has at least
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace restorations of before")
     p.add_argument("--sheet", help="also write input | restored side by side to this file")
     p.add_argument("--ddim_steps", type=positive, help="K, sampling steps (default: as trained)")
-    p.add_argument("--eta", type=float, default=EVAL_ETA,
+    p.add_argument("--eta", type=share, default=EVAL_ETA,
                    help=f"0: no noise along the way, 1: as in training (default {EVAL_ETA})")
     p.add_argument("--seed", type=whole, default=0, help="of the noise")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")

@@ -5,7 +5,7 @@ K = 50 and G = 9 are LRPO's code; the rest of the presets is ours, `tiny` by mea
 """
 import argparse
 
-from evaluate import positive, whole
+from evaluate import amount, positive, share, whole
 from rewards import OFFLINE
 
 METHODS = ["lrpo", "refl", "darl"]      # what starts from an SFT restorer
@@ -72,12 +72,8 @@ def resolve(args) -> argparse.Namespace:
 
 def blend(text: str) -> str:
     """An argparse type: adaptive, hard, easy or a number from 0 to 1."""
-    try:
-        good = text in ("adaptive", "hard", "easy") or 0 <= float(text) <= 1
-    except ValueError:
-        good = False
-    if not good:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of adaptive, hard, easy, 0 to 1")
+    if text not in ("adaptive", "hard", "easy"):
+        share(text)
     return text
 
 
@@ -95,10 +91,10 @@ def parser() -> argparse.ArgumentParser:
     flag("--resume", action="store_true", help="go on with the run in --out, exactly")
     flag("--overwrite", action="store_true", help="start anew where --out holds a run")
     flag("--steps", type=positive, help="calls of the method's step, in all")
-    flag("--minutes", type=float, help="stop after this much training time of this call")
+    flag("--minutes", type=amount, help="stop after this much training time of this call")
     flag("--every", type=positive, help="steps between measurements, with checkpoints")
     flag("--batch_size", type=positive, help="images a step; for lrpo and darl, groups")
-    flag("--lr", type=float, help="learning rate")
+    flag("--lr", type=amount, help="learning rate")
     flag("--seed", type=whole, default=0)
     flag("--device", default="auto", help="auto, cpu, cuda")
     flag("--bf16", choices=["on", "off"], help="network in bfloat16; likelihoods stay in float32")
@@ -115,28 +111,28 @@ def parser() -> argparse.ArgumentParser:
     flag("--labels", default="known", help="what frm learns from: known (pairs of known order), "
          "svm (also pairs that an SVM labels), or a CSV of a person's labels, which teach the SVM")
     flag("--ddim_steps", type=positive, help="K, sampling steps")
-    flag("--eta", type=float, default=1.0, help="DDIM noise of the rollouts (refl draws its own)")
+    flag("--eta", type=share, default=1.0, help="DDIM noise of the rollouts (refl draws its own)")
     flag("--group", type=positive, help="G, restorations of one image")
     flag("--branch", type=whole, help="a group parts at one of the last n steps (0: at each)")
     flag("--updates", type=positive, default=2, help="optimiser steps on a rollout")
-    flag("--clip", type=float, help="of the ratio (default 1.64 / D)")
+    flag("--clip", type=amount, help="of the ratio (default 1.64 / D)")
     flag("--adv_std", default="group", choices=["group", "batch"], help="spread in the advantage")
     flag("--noise_level_weights", default="on", choices=["on", "off"], help="LRPO strategy 3")
-    flag("--pg_weight", type=float, default=1.0, help="weight of the policy gradient")
-    flag("--gt_weight", type=float, help="weight of LRPO strategy 2 (0: off)")
+    flag("--pg_weight", type=amount, default=1.0, help="weight of the policy gradient")
+    flag("--gt_weight", type=amount, help="weight of LRPO strategy 2 (0: off)")
     flag("--gt_target", default="posterior", choices=["marginal", "posterior"])
     flag("--gt_last", type=whole, default=0, help="strategy 2 on the last n trained steps (0: all)")
     flag("--refl_last", type=positive, default=2, help="the step with gradient: of the last n")
-    flag("--struct_weight", type=float, default=15.0, help="refl: low-pass L1 to the ground truth")
-    flag("--reg_weight", type=float, default=0.01, help="refl: distance from the frozen network")
+    flag("--struct_weight", type=amount, default=15.0, help="refl: low-pass L1 to the ground truth")
+    flag("--reg_weight", type=amount, default=0.01, help="refl: distance from the frozen network")
     flag("--reg", default="features", choices=["features", "weights"], help="... measured in")
-    flag("--denoise_weight", type=float, default=20.0, help="refl: the supervised loss")
+    flag("--denoise_weight", type=amount, default=20.0, help="refl: the supervised loss")
     flag("--frm_update_every", type=whole, default=10, help="refl: steps (0: freeze it)")
-    flag("--frm_lr", type=float, default=1e-4, help="refl: learning rate of its reward model")
+    flag("--frm_lr", type=amount, default=1e-4, help="refl: learning rate of its reward model")
     flag("--blend", type=blend, default="adaptive", help="darl: share of RL in an image's loss: "
          "adaptive, hard (above the mean difficulty only), easy, or a number from 0 to 1")
-    flag("--sft_weight", type=float, default=0.2, help="darl: weight of the supervised loss")
-    flag("--kl_weight", type=float, default=0.0, help="darl: KL from the policy it started as")
+    flag("--sft_weight", type=amount, default=0.2, help="darl: weight of the supervised loss")
+    flag("--kl_weight", type=amount, default=0.0, help="darl: KL from the policy it started as")
     flag("--stepwise", default="off", choices=["on", "off"], help="darl: credit each step with "
          "what is gained after it (needs --branch 0)")
     return p

@@ -194,7 +194,8 @@ def check(args):
     if args.resume and not last.exists():
         raise UserError(f"--resume: there is no {last} to go on from")
     if last.exists() and not args.resume and not args.overwrite:
-        raise UserError(f"--out {args.out}: holds a run already; --resume it, or --overwrite it")
+        raise UserError(f"--out {args.out}: holds a run already; --resume it, --overwrite it, "
+                        "or name another --out")
     terms = parse_rewards(args.rewards)
     if args.mode == "frm" and args.labels not in ("known", "svm"):
         read_labels(args.labels, args.size)

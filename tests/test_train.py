@@ -210,7 +210,7 @@ def test_labels_of_an_svm_and_of_a_person(runs, tmp_path, capsys, monkeypatch):
     assert Image.open(tmp_path / "pairs" / "0003.png").size == (2 * 256, 256)
     path = tmp_path / "pairs" / "pairs.csv"
     path.write_text(path.read_text().replace("_b.png,,", "_b.png,a,"))
-    with pytest.raises(SystemExit, match="may hold labels already"):
+    with pytest.raises(UserError, match="may hold labels already"):
         labels.main()
     for name, source in (("svm", "svm"), ("person", str(path))):
         run("frm", tmp_path / name, "--init", sft, "--labels", source)
@@ -262,6 +262,9 @@ MISTAKES = {
                                      "at most --ddim_steps 3"),
     "difficulty by a missing LPIPS": (["--mode", "darl", "--init", "{sft}", "--lpips_weights",
                                        "none.pth"], "none.pth: no such file"),
+    "a folder for a checkpoint": (["--mode", "lrpo", "--init", "{runs}/sft"], "not the last.pt"),
+    "a negative reward": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "ssim=-1"],
+                          "weights of 0 or more"),
     "a reward named twice": (["--mode", "refl", "--init", "{sft}", "--rewards", "ssim=1,ssim=.5"],
                              "ssim is named twice"),
     "a run folder that is a file": (["--mode", "sft", "--out", "{runs}/sft/args.json"],
@@ -298,6 +301,14 @@ def test_a_mistake_gets_one_sentence_and_loses_nothing(name, runs, tmp_path, mon
         train.main([*SMALL, *out, *given])
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "new").exists() and (runs / "sft" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", [["--gt_weight", "-1"], ["--eta", "5"], ["--minutes", "nan"],
+                                  ["--blend", "often"], ["--blend", "1.5"], ["--seed", "-1"]])
+def test_a_number_out_of_range_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        settings.parser().parse_args(["--mode", "darl", *flag])
+    assert f"{flag[0]}: '{flag[1]}' is not a" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["train.py", "--mode", "sft", "--data", "none"],
