@@ -30,10 +30,10 @@ PRESETS = {
         rewards=rewards(OFFLINE, "face=.1,ssim=.4")),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
-        steps=dict(sft=20_000, frm=200, lrpo=125, refl=240, darl=125),
+        steps=dict(sft=20_000, frm=200, lrpo=125, refl=100, darl=125),
         batch_size=dict(sft=64, frm=32, lrpo=16, refl=16, darl=16),
         lr=dict(sft=1e-3, frm=1e-3, lrpo=5e-5, refl=5e-5, darl=5e-5),
-        every=dict(sft=1000, frm=100, lrpo=25, refl=60, darl=25),
+        every=dict(sft=1000, frm=100, lrpo=25, refl=50, darl=25),
         ddim_steps=10, group=8, branch=4, gt_weight=0.8, bf16="on",
         rewards=rewards(REAL, "face=.1,lpips=.5")),
     "base": dict(       # 128 px, the paper's K and G, one GPU, hours
