@@ -12,7 +12,7 @@ METHODS = ["lrpo", "refl", "darl"]      # what starts from an SFT restorer
 REAL = "face=.2,lpips=.5,dwt=.2,ssim=.1"    # ours: LRPO's .3 each bought LPIPS with PSNR (64 px)
 
 
-def rewards(composite: str, direct: str) -> dict:
+def rewarded(composite: str, direct: str) -> dict:
     """ReFL has its fidelity in L_struct; DARL wants a score without ground truth."""
     return dict(sft=composite, frm=composite, lrpo=composite, refl=direct, darl="face=1")
 
@@ -27,7 +27,7 @@ PRESETS = {
         lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4, refl=1e-4, darl=1e-4),
         every=dict(sft=500, frm=50, lrpo=20, refl=60, darl=20),
         ddim_steps=10, group=8, branch=4, gt_weight=2.7, bf16="off",
-        rewards=rewards(OFFLINE, "face=.1,ssim=.4")),
+        rewards=rewarded(OFFLINE, "face=.1,ssim=.4")),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
         steps=dict(sft=20_000, frm=200, lrpo=125, refl=100, darl=125),
@@ -35,7 +35,7 @@ PRESETS = {
         lr=dict(sft=1e-3, frm=1e-3, lrpo=5e-5, refl=5e-5, darl=5e-5),
         every=dict(sft=1000, frm=100, lrpo=25, refl=50, darl=25),
         ddim_steps=10, group=8, branch=4, gt_weight=0.8, bf16="on",
-        rewards=rewards(REAL, "face=.1,lpips=.5")),
+        rewards=rewarded(REAL, "face=.1,lpips=.5")),
     "base": dict(       # 128 px, the paper's K and G, one GPU, hours
         size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000,
         steps=dict(sft=200_000, frm=2000, lrpo=1000, refl=3500, darl=1000),
@@ -43,7 +43,7 @@ PRESETS = {
         lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5, refl=5e-5, darl=3e-5),
         every=dict(sft=5000, frm=500, lrpo=50, refl=500, darl=50),
         ddim_steps=50, group=9, branch=0, gt_weight=0.08, bf16="on",
-        rewards=rewards(REAL, "face=.1,lpips=.5")),
+        rewards=rewarded(REAL, "face=.1,lpips=.5")),
 }
 # Ours. A policy gradient is noisy: the average over some 50 rollouts is what improves.
 EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.98, refl=0.99, darl=0.98)
