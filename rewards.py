@@ -7,14 +7,14 @@ Departs  A low-pass of ours stands in for the dual-tree wavelet band.
          Every term sees the image clamped to [-1, 1]; the published code scores LPIPS unclamped.
 
 Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,), higher better.
-A gradient flows through each. `ms`: an image of 64 px, in a batch of 64, on one CPU thread.
+A gradient flows through each. `ms`: an image of 64 px, in a batch of 64, on two CPU cores.
 
     name     range     ground truth  ms    source; what it sees (docs/results.md, "The rewards")
-    ssim     [-1, 1]   yes           .7    Wang et al., mean over RGB; all damage
-    dwt      (0, 1]    yes           .03   LRPO: colours and layout; all damage but fine detail
-    lpips    (-inf,1]  yes           3.1   1 - LPIPS (squeeze), deep features; all damage
-    clipiqa  (0, 1)    no            8.4   CLIP-IQA, "good" against "bad" image; not measured here
-    face     (0, 1)    no            1.9   Face Reward Model, ours (the papers': [-1, 1]); blur and
+    ssim     [-1, 1]   yes           .32   Wang et al., mean over RGB; all damage
+    dwt      (0, 1]    yes           .02   LRPO: colours and layout; all damage but fine detail
+    lpips    (-inf,1]  yes           1.35  1 - LPIPS (squeeze), deep features; all damage
+    clipiqa  (0, 1)    no            3.8   CLIP-IQA, "good" against "bad" image; not measured here
+    face     (0, 1)    no            .65   Face Reward Model, ours (the papers': [-1, 1]); blur and
                                            low resolution, hardly more; noise raises it
 
 `python rewards.py` reports how each reacts to graded damage, and what it does not see: report.py.
