@@ -15,7 +15,7 @@ Departs  - Published code: reward .005, LPIPS .01, struct .01, reg 1e-4. Ours (t
            SSIM .4, struct 15, reg .01, denoise 20, which hold PSNR while `face` rises. Nearest to
            it: --rewards face=1 --struct_weight 8 --reg_weight .02 --denoise_weight 0 (struct counts
            fourfold: our low-pass has gain 1, the band 4).
-         - L_denoise: ImageReward's paper blends its pre-training loss in, no published code does.
+         - L_denoise: ImageReward's paper blends its pre-training loss in; its code leaves that out.
          - Published code compares a ControlNet's features; here the output of every residual block.
          - At an update of the reward model the photo is also preferred to its degraded self, or it
            forgets; lr 1e-4, not 2e-6, for a small network. (CLIP's: --frm_lr 2e-6.) The loss weight
