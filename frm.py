@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clipiqa import build_clip, normalise
 from data import UserError, degrade, draw_degradation, run_main, to_float, to_uint8
-from model import load_tensors, norm
+from model import gaussian, load_tensors, norm
 
 
 class FaceRewardModel(nn.Module):
@@ -56,6 +56,7 @@ class FaceRewardModel(nn.Module):
         self.std.lerp_(scores.std(), 1 / 20)
 
 
+GRAIN, CAST = 30 / 255, 0.15   # ours: the strongest, of the range of 1; as far as RL would go
 CLIP_ARCHITECTURE = "ViT-H-14"          # HPSv2's, and so DiffusionReward's
 TRAINED_IMAGE, TRAINED_TEXT = 20, 11    # DiffusionReward: the last blocks of each tower train
 CAPTION = "a clear, natural photo of a face"     # ours: no captions here; the paper has one a photo
@@ -123,7 +124,8 @@ def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
 
 class FaceRewardTraining:
     """Teaches a FaceRewardModel pairs whose order is known: a photo is better than its degraded
-    self, a mild degradation better than a heavy one, a photo better than its restoration.
+    self, a mild degradation better than a heavy one, a photo better than its restoration, and
+    photo or restoration better than itself with grain or a cast on it.
 
     `restored`, `photos`: (N, 3, H, W) each, restorations by the model to be rewarded.
     `labelled`: (better, worse), (M, 3, H, W) each, pairs that a person or an SVM put in order.
@@ -137,12 +139,14 @@ class FaceRewardTraining:
         self.optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
 
     def pairs(self, lq: Tensor, gt: Tensor):
-        """Three or four kinds of (better, worse), each (B, 3, H, W)."""
+        """Four or five kinds of (better, worse), each (B, 3, H, W)."""
         pick, seed = (torch.randint(n, (k,), generator=self.generator)
                       for n, k in ((len(self.photos), len(gt)), (2 ** 31, 1)))
         mild, heavy = graded(gt, np.random.default_rng(seed.item()))
+        clean = torch.cat([gt[::2], self.restored[pick][1::2]])
         kinds = {"degraded": (gt, lq), "graded": (mild, heavy),
-                 "restored": (self.photos[pick], self.restored[pick])}
+                 "restored": (self.photos[pick], self.restored[pick]),
+                 "spoilt": (clean, spoil(clean, self.generator))}
         if self.labelled:
             pick = torch.randint(len(self.labelled[0]), (len(gt),), generator=self.generator)
             kinds["labelled"] = tuple(u[pick] for u in self.labelled)
@@ -158,6 +162,15 @@ class FaceRewardTraining:
         self.net.calibrate(torch.cat([s for pair in scores.values() for s in pair]).detach())
         return {"loss": loss.item(), **{f"accuracy_{kind}": (a > b).float().mean().item()
                                         for kind, (a, b) in scores.items()}}
+
+
+def spoil(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Grain or a colour cast over the picture, of random strength. The blind degradation blurs and
+    enlarges, so whoever knows only that takes grain for detail, and RL delivers grain (ours)."""
+    coin, strength = torch.rand(2, len(x), 1, 1, 1, generator=generator).to(x.device)
+    grain = GRAIN * gaussian(x, generator)
+    cast = CAST * gaussian(x[:, :, :1, :1], generator)                  # (B, 3, 1, 1)
+    return (x + 2 * strength * torch.where(coin < 0.5, grain, cast)).clamp(-1, 1)
 
 
 def graded(gt: Tensor, rng) -> tuple[Tensor, Tensor]:

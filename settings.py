@@ -22,7 +22,7 @@ def rewarded(composite: str, direct: str) -> dict:
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
         size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
-        steps=dict(sft=4500, frm=100, lrpo=80, refl=240, darl=45),
+        steps=dict(sft=4500, frm=200, lrpo=80, refl=240, darl=45),
         batch_size=dict(sft=16, frm=32, lrpo=32, refl=16, darl=32),
         lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4, refl=1e-4, darl=1e-4),
         every=dict(sft=500, frm=50, lrpo=20, refl=60, darl=15),

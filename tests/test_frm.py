@@ -9,9 +9,9 @@ from PIL import Image
 from scipy.optimize import minimize
 
 import labels
-from data import UserError, to_uint8
-from frm import (CAPTION, FaceRewardModel, FaceRewardTraining, graded,
-                 load_face_reward, pair_loss)
+from data import Photos, UserError, to_float, to_uint8
+from frm import (CAPTION, CAST, GRAIN, FaceRewardModel, FaceRewardTraining, graded,
+                 load_face_reward, pair_loss, spoil)
 from rewards import psnr
 from test_rewards import images
 
@@ -26,6 +26,35 @@ def test_graded_makes_the_second_worse():
     gt = images(0, n=32).clamp(-1, 1)
     mild, heavy = graded(gt, np.random.default_rng(0))
     assert (psnr(mild, gt) > psnr(heavy, gt)).float().mean() > 0.9
+
+
+def test_spoil_adds_grain_or_a_cast_of_growing_strength():
+    x = torch.zeros(400, 3, 16, 16)
+    d = spoil(x, torch.Generator().manual_seed(0))
+    flat = d.std(dim=(2, 3)).amax(dim=1) == 0               # a cast: one colour all over
+    assert 160 < flat.sum() < 240
+    cast, grain = d[flat][:, :, 0, 0], d[~flat].std(dim=(1, 2, 3))
+    assert grain.min() < 0.1 * 2 * GRAIN and 0.9 * 2 * GRAIN < grain.max() < 1.1 * 2 * GRAIN
+    assert d[~flat].mean(dim=(2, 3)).abs().max() < 5 * 2 * GRAIN / 16       # grain has no colour
+    # strength is uniform: E strength^2 = 1/3
+    torch.testing.assert_close(cast.std(), torch.tensor(2 * CAST / 3 ** 0.5), rtol=0.1, atol=0)
+
+
+def test_the_reward_model_is_not_fooled_by_grain_or_casts():
+    """Blurred against sharp alone teaches that noise is detail; the spoilt pairs teach otherwise."""
+    torch.manual_seed(0)
+    gt = to_float(Photos.drawn(96, 0, 32, "train").images)
+    lq = torch.nn.functional.avg_pool2d(gt, 5, 1, 2)
+    held = to_float(Photos.drawn(64, 0, 32, "heldout").images)
+    spoilt = {"grain": held + 40 / 255 * torch.randn(held.shape), "cast": held + torch.tensor(
+        [0.2, 0.0, -0.2]).view(3, 1, 1)}
+    face = FaceRewardModel()
+    training = FaceRewardTraining(face, torch.Generator().manual_seed(0), lq, gt, lr=2e-3)
+    for i in range(60):
+        training.step((lq[i % 3::3], gt[i % 3::3]))
+    with torch.no_grad():
+        for kind, x in {**spoilt, "blur": torch.nn.functional.avg_pool2d(held, 5, 1, 2)}.items():
+            assert (face.score(held) > face.score(x)).float().mean() > 0.8, kind
 
 
 def test_face_reward_model_learns_to_order_pairs():
