@@ -186,6 +186,17 @@ def train(args):
           + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
 
+def check_flags(given):
+    """Refuse a flag that no chosen mode reads: it would have no effect and nobody would notice."""
+    methods = METHODS if "all" in given.methods else given.methods
+    modes = {"frm", *(methods if given.mode == "demo" else [given.mode])}
+    for readers, names in OWN.items():
+        for name in names if modes.isdisjoint(readers) else ():
+            if getattr(given, name) != parser().get_default(name):
+                raise UserError(f"--{name}: --mode {given.mode} does not read it, only "
+                                f"{' and '.join(readers)}; leave it out")
+
+
 def check(args):
     """Refuse what cannot work before any work is done and any file written."""
     last = Path(args.out) / "last.pt"
@@ -300,6 +311,7 @@ def demo(args):
 
 def main(argv=None):
     given = parser().parse_args(argv)
+    check_flags(given)
     if given.mode == "demo":
         return demo(argparse.Namespace(**vars(given) | {"out": given.out or "runs"}))
     args = resolve(given)

@@ -22,7 +22,7 @@ from rewards import CompositeReward
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "16", "--channels", "8", "--mults", "1,2", "--faces", "24", "--batch_size", "4",
-         "--device", "cpu", "--ddim_steps", "3", "--group", "2", "--branch", "2", "--every", "3"]
+         "--device", "cpu", "--ddim_steps", "3", "--every", "3"]
 
 
 def run(mode, out, *more, steps=3):
@@ -32,7 +32,7 @@ def run(mode, out, *more, steps=3):
 
 @pytest.fixture(scope="module", autouse=True)
 def little_work():
-    quick = {"steps": 3, "batch_size": 4, "every": 3}
+    quick = {"steps": 3, "batch_size": 4, "every": 3, "group": 2, "branch": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VALIDATION", 8)
         patch.setattr(train, "RESTORED_PAIRS", 8)
@@ -277,6 +277,10 @@ MISTAKES = {
                                            "not a restorer"),
     "a run in the way": (["--mode", "sft", "--out", "{runs}/sft"], "--overwrite"),
     "a size that no network fits": (["--mode", "sft", "--size", "30"], "multiple of"),
+    "a flag of another method": (["--mode", "lrpo", "--init", "{sft}", "--struct_weight", "3"],
+                                 "--struct_weight: --mode lrpo does not read it, only refl"),
+    "a flag that the demo's methods do not read": (["--mode", "demo", "--blend", "hard"],
+                                                   "--blend: --mode demo does not read it"),
     "no such device": (["--mode", "sft", "--device", "nonsense"], "--device"),
 }
 
