@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lrpo import LRPO
+from lrpo import LRPO, gaussian_kl
 
 MEAN_DECAY = 0.95       # ours: a running mean over some twenty rollouts, as the policy improves
 
@@ -37,11 +37,6 @@ def blend_weight(rho: Tensor, blend: str) -> Tensor:
     if blend in ("hard", "easy"):
         return ((rho > 1) == (blend == "hard")).to(rho.dtype)
     return torch.full_like(rho, float(blend))
-
-
-def gaussian_kl(mu: Tensor, ref: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2) || N(ref, sigma^2)), averaged over the D dimensions: (B,)."""
-    return (((mu - ref) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
 
 
 def by_quartile(values: Tensor, difficulty: Tensor) -> list[float]:
@@ -85,11 +80,11 @@ class DARL(LRPO):
     def assign_advantages(self, steps, grouped: Tensor, weights: Tensor):
         """Step-wise: a step is credited with what the score still gained after it, R(x_0) minus the
         score of x0_hat as it was before the step."""
-        for step in steps if self.stepwise else ():
+        if not self.stepwise:
+            return super().assign_advantages(steps, grouped, weights)
+        for step in steps:
             gained = grouped - self.reward(step.x0_hat, step.gt)[0].view_as(grouped)    # (P, G)
             super().assign_advantages([step], gained, weights)
-        if not self.stepwise:
-            super().assign_advantages(steps, grouped, weights)
 
     def loss(self, step, mu: Tensor, sigma: Tensor, pg: Tensor):
         lam = self.blend_weights.repeat_interleave(len(mu) // len(self.d))      # (R,)
@@ -127,5 +122,5 @@ class DARL(LRPO):
         return {"mean": self.mean, "reference": self.reference.state_dict()}
 
     def load_state_dict(self, state: dict):
-        self.mean = state["mean"]
+        self.mean = state["mean"].to(next(self.net.parameters()).device)
         self.reference.load_state_dict(state["reference"])

@@ -44,6 +44,15 @@ def run_main(main):
         sys.exit(f"error: {error}")
 
 
+def make_folder(path) -> Path:
+    """The folder `path`, made where there is none. UserError where there cannot be one."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: not a folder to write to ({error.strerror})") from None
+    return Path(path)
+
+
 def find_photos(folder, flag="--data") -> list[Path]:
     """Photos in and below a folder, by relative path: the same order on every system. Hidden ones
     (macOS leaves ._x.jpg) are passed over. UserError where there is no folder or no photo."""
@@ -117,8 +126,11 @@ class Photos:
             raise UserError(f"drawn faces: choose 1 to {MAX_DRAWN}, not {n}")
         first, seed = {"train": (0, seed), "heldout": (MAX_DRAWN, 0)}[split]
         numbers = torch.arange(first, first + n)
-        images = torch.cat([to_uint8(draw_faces(part, seed, size)) for part in numbers.split(256)])
-        return cls(images, [f"face {i}" for i in numbers.tolist()])
+        try:
+            faces = [to_uint8(draw_faces(part, seed, size)) for part in numbers.split(256)]
+        except ValueError as error:
+            raise UserError(f"drawn faces: {error}") from None
+        return cls(torch.cat(faces), [f"face {i}" for i in numbers.tolist()])
 
 
 def draw_degradation(rng, size: int, lo=0., hi=1.) -> dict:
@@ -145,15 +157,20 @@ def blur(x: Tensor, sigma_x: float, sigma_y: float, angle: float) -> Tensor:
     return torch.fft.irfft2(x, s=(n, n))[:, 2 * radius:, 2 * radius:][:, :size, :size]
 
 
+def jpeg(x: Tensor, quality: int) -> Tensor:
+    """uint8 (3, H, W), through a JPEG file."""
+    file = io.BytesIO()
+    Image.fromarray(x.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+
+
 def degrade(photo: Tensor, d: dict, rng) -> Tensor:
     """uint8 (3, S, S) -> uint8 (3, S, S), by what draw_degradation drew. rng makes the noise."""
-    size, file = photo.shape[-1], io.BytesIO()
+    size = photo.shape[-1]
     x = blur(photo.float(), d["sigma_x"], d["sigma_y"], d["angle"])         # (3, S, S)
     x = F.interpolate(x[None], size=int(size // d["factor"]), mode="bilinear")[0]   # (3, s, s)
     x = x + d["noise"] * torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
-    x = x.clamp(0, 255).round().byte().permute(1, 2, 0)                     # (s, s, 3)
-    Image.fromarray(x.numpy()).save(file, "JPEG", quality=d["quality"])
-    x = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)       # (3, s, s)
+    x = jpeg(x.clamp(0, 255).round().byte(), d["quality"])                  # (3, s, s)
     return F.interpolate(x[None].float(), size=size, mode="bilinear")[0].round().byte()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import Photos, UserError, pairs, run_main, sheet
+from data import Photos, UserError, make_folder, pairs, run_main, sheet
 from model import Diffusion, load_restorer, pick_device
 from rewards import LPIPS, build_reward, parse_rewards, psnr, ssim
 
@@ -25,36 +25,22 @@ HELD_OUT_SEED = 2 ** 32 - 1     # one set of held-out degradations, of a seed th
 BATCH = 100             # images restored at a time
 
 
-def positive(text: str) -> int:
-    """An argparse type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def number(kind, low, high=2 ** 32 - 1):
+    """An argparse type: a finite number of this kind, from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number "
+                                             f"from {low} to {high}")
+        return value
+    return parse
 
 
-def whole(text: str) -> int:
-    """An argparse type."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
-def amount(text: str) -> float:
-    """An argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return value
-
-
-def share(text: str) -> float:
-    """An argparse type."""
-    if not 0 <= amount(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return float(text)
+positive, whole = number(int, 1), number(int, 0)
+amount, share = number(float, 0), number(float, 0, 1)
 
 
 def held_out(data, size: int, n: int, device):
@@ -79,7 +65,7 @@ def measure(x, gt, reward, lpips=None) -> dict[str, torch.Tensor]:
 
 
 def restore(net, lq, K: int, eta: float, seed: int):
-    """Restorations of lq (N, 3, H, W), in batches; the noise depends on the seed alone."""
+    """Restorations of lq (N, 3, H, W), in batches; the noise depends on seed and N alone."""
     generator, diffusion = torch.Generator().manual_seed(seed), Diffusion(net.config, lq.device)
     return torch.cat([diffusion.sample(net, part, K, eta, generator) for part in lq.split(BATCH)])
 
@@ -99,22 +85,22 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def compare(args) -> dict:
-    """Restore with every checkpoint, print the table, write the files. Returns the mean figures."""
+def compare(args):
+    """Restore with every checkpoint, print the table, write the files."""
     device = pick_device(args.device)
-    if args.quartiles and args.n < 4:
-        raise UserError(f"--quartiles: needs --n 4 or more, not {args.n}")
     nets, states = zip(*[load_restorer(path, device) for path in args.ckpt])
-    labels = [Path(p).parent.name if Path(p).stem == "last" else str(p) for p in args.ckpt]
+    paths = [Path(path).resolve() for path in args.ckpt]
+    labels = [p.parent.name if p.stem == "last" else given
+              for p, given in zip(paths, args.ckpt)]
     size, saved = nets[0].config.size, states[0]["args"]
     for path, net in zip(args.ckpt, nets):
         if net.config.size != size:
             raise UserError(f"--ckpt {path}: made for {net.config.size} px, but {args.ckpt[0]} for "
                             f"{size} px; compare checkpoints of one size")
     if len(set(labels)) < len(labels):
-        labels = [str(p) for p in args.ckpt]
+        labels = args.ckpt
     K = args.ddim_steps or saved["ddim_steps"]
-    frm = args.frm_weights or Path(args.ckpt[0]).parent.parent / "frm" / "last.pt"
+    frm = args.frm_weights or paths[0].parent.parent / "frm" / "last.pt"
     reward = build_reward(parse_rewards(args.rewards or saved["rewards"]), device, frm,
                           args.lpips_net, args.lpips_weights, args.clip_weights, size)
     lpips = reward.terms.get("lpips")
@@ -122,12 +108,13 @@ def compare(args) -> dict:
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
     data = args.data or saved["data"]
     lq, gt = held_out(data, size, args.n, device)
+    if args.quartiles and len(gt) < 4:
+        raise UserError(f"--quartiles: needs 4 held-out images or more, not {len(gt)}")
+    out = make_folder(args.out)
     images = [restore(net, lq, K, args.eta, args.seed) for net in nets]
     rows = {"LQ": measure(lq, gt, reward, lpips)}
     rows |= {label: measure(x, gt, reward, lpips) for label, x in zip(labels, images)}
 
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     means = {label: {k: v.mean().item() for k, v in row.items()} for label, row in rows.items()}
     facts = {"ckpt": dict(zip(labels, map(str, args.ckpt))), "data": data or "drawn faces",
              "images": len(gt), "size": size, "K": K,
@@ -147,7 +134,6 @@ def compare(args) -> dict:
             print(table({label: {k: v[part] for k, v in row.items()}
                          for label, row in rows.items()}))
     print(f"{out}/comparison.png: LQ | {' | '.join(labels)} | ground truth")
-    return means
 
 
 class Log:

@@ -101,7 +101,7 @@ def read_labels(path, size: int):
     """A person's pairs: a, b (N, 3, size, size), the photos or None, label (N,) +1 where a is
     preferred, -1 where b is. Lines without a preference are passed over."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:     # Excel's files have a mark
             table = csv.DictReader(file, restval="")
             rows, named = list(table), table.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:

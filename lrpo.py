@@ -60,6 +60,11 @@ def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
     return log_prob.mean(dim=(1, 2, 3))
 
 
+def gaussian_kl(mu: Tensor, ref: Tensor, sigma: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2) || N(ref, sigma^2)), averaged over the D dimensions: (B,)."""
+    return (((mu - ref) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
+
+
 def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
     """A_i = (R_i - mean of its group) / (std + 1e-4): (P, G) -> (P, G).
 
@@ -120,8 +125,9 @@ class LRPO:
     branch = n > 0: one of the last n trained steps is drawn for each rollout. There the members of
         a group part; all other noise, x_T's too, they share. Each is still a sample of the policy,
         and nothing else moves the reward within the group. Only that step is trained, by both
-        terms. Before the division by the spread the gradient for that step is unbiased; the
-        division gives every step the same say, however little it moves the reward. One state x_t
+        terms. Before the division by the spread the gradient for that step is unbiased (but for
+        the factor 1 - 1/G of any group mean); the division gives every step the same say, however
+        little it moves the reward. One state x_t
         serves the group: at K = 10 a step on 32 groups costs half the network calls of a full one
         on 4, a backward pass counted as two. (Ours; Flow-GRPO-Fast and MixGRPO, as we know them,
         turn the other noise off.)
@@ -194,7 +200,7 @@ class LRPO:
             level = torch.full((len(mu),), s, device=mu.device)
             return gaussian_log_prob(self.diffusion.q_sample(step.gt, level, z), mu, sigma)
         mu_gt, _, _ = self.policy(step.x, step.lq, t, s, x0=step.gt)
-        return -(((mu_gt - mu) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
+        return -gaussian_kl(mu_gt, mu, sigma)
 
     @torch.no_grad()
     def score(self, restored: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

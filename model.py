@@ -13,6 +13,7 @@ Contract An image is float32 (B, 3, H, W), RGB, in [-1, 1]. t is int64 (B,), 0 .
          sees v or eps, only mu, sigma and x0_hat.
 """
 import copy
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,9 @@ class Config:
         unit = self.patch * 2 ** (len(self.mults) - 1)
         if self.size % unit:
             raise ValueError(f"size {self.size} must be a multiple of {unit} for this network")
-        if self.channels < 4:
-            raise ValueError(f"channels must be 4 or more, not {self.channels}")
+        if self.channels < 4 or self.channels % 4 or min(self.mults) < 1:
+            raise ValueError("channels must be a multiple of 4 and each of mults 1 or more, not "
+                             f"{self.channels} and {self.mults}")
         if self.prediction not in ("v", "eps"):
             raise ValueError(f"prediction must be 'v' or 'eps', not {self.prediction!r}")
 
@@ -90,7 +92,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.heads = max(1, channels // 32)
+        self.heads = math.gcd(max(1, channels // 32), channels)
         self.norm, self.qkv = norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         zero(self.out)

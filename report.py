@@ -9,30 +9,18 @@ photos. A term is blind to a kind of damage whose fall is within a tenth of its 
 rewards one that raises it by more.
 """
 import argparse
-import io
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 
-from data import Photos, blur, to_float, to_uint8
+from data import Photos, blur, jpeg, make_folder, to_float, to_uint8
 from evaluate import BATCH, positive
 from model import pick_device
 from rewards import build_reward, parse_rewards
 
 BLIND = 0.1     # ours: a share of the term's largest fall
-
-
-def jpeg(x, quality):
-    """(B, 3, H, W) in [-1, 1], through a JPEG file each."""
-    def one(photo):
-        file = io.BytesIO()
-        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-        return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-    return to_float(torch.stack([one(photo) for photo in to_uint8(x)]))
 
 
 def swap(x, radius):
@@ -52,7 +40,8 @@ DAMAGE = {
              lambda x, g: torch.stack([blur(u, *[g * x.shape[-1] / 64] * 2, 0.) for u in x])),
     "noise": ((5, 10, 20, 35, 50),          # sigma of 255; the same noise at every grade
               lambda x, g: x + g / 127.5 * torch.randn(x.shape, generator=one_noise())),
-    "JPEG": ((90, 70, 45, 25, 10), jpeg),   # quality
+    "JPEG": ((90, 70, 45, 25, 10),          # quality
+             lambda x, g: to_float(torch.stack([jpeg(u, g) for u in to_uint8(x)]))),
     "downsampling": ((1.33, 2, 3, 4, 6),    # factor, down and up again
                      lambda x, g: F.interpolate(F.interpolate(
                          x, size=round(x.shape[-1] / g), mode="bilinear", antialias=True),
@@ -127,12 +116,12 @@ def report(args):
                           args.lpips_weights, args.clip_weights, args.size)
     photos = (Photos.from_folder(args.data, args.size, "heldout", args.n) if args.data
               else Photos.drawn(args.n, 0, args.size, "heldout"))
-    found, out = scores(reward, to_float(photos.images), device), Path(args.out)
+    out = make_folder(args.out)
+    found = scores(reward, to_float(photos.images), device)
     text = (f"{len(photos)} held-out photos ({args.data or 'drawn faces'}) of {args.size} px\n\n"
             f"{table(found)}\n\nrho: Spearman's correlation with the grade (-1: each grade costs); "
             "fall: what the heaviest grade costs.\n")
     print(text)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "rewards.md").write_text(text)
     curves(found, out / "rewards.png")
     print(f"{out}/rewards.png: a row a term, a column a kind of damage, from clean to grade 5")

@@ -14,14 +14,13 @@ A gradient flows through each. `ms`: an image of 64 px, in a batch of 64, on two
     dwt      (0, 1]    yes           .02   LRPO: colours and layout; all damage but fine detail
     lpips    (-inf,1]  yes           1.35  1 - LPIPS (squeeze), deep features; all damage
     clipiqa  (0, 1)    no            3.8   CLIP-IQA, "good" against "bad" image; not measured here
-    face     (0, 1)    no            .65   Face Reward Model, ours (the papers': [-1, 1]); blur and
-                                           low resolution, hardly more; noise raises it
+    face     (0, 1)    no            .65   Face Reward Model, ours (the papers': [-1, 1]); blur,
+                                           low resolution, grain, casts; hardly JPEG; not identity
 
 `python rewards.py` reports how each reacts to graded damage, and what it does not see: report.py.
 """
 import math
 import warnings
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +94,7 @@ class LPIPS(nn.Module):
             warnings.simplefilter("ignore")
             try:
                 self.lpips = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
-            except (URLError, OSError):
+            except OSError:
                 raise UserError(f"LPIPS: its {net} backbone could not be fetched; give the file "
                                 "with --lpips_weights FILE, or use --rewards offline") from None
         if weights is not None:

@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, find_photos, read_photo, run_main, sheet, to_float
-from evaluate import EVAL_ETA, positive, share, whole
-from model import Diffusion, load_restorer, pick_device
+from evaluate import EVAL_ETA, positive, restore, share, whole
+from model import load_restorer, pick_device
 
 SHEET_SIDE = 128        # pixels that each picture of the sheet has at least
 
@@ -24,6 +24,7 @@ SHEET_SIDE = 128        # pixels that each picture of the sheet has at least
 def outputs(source: Path, output: Path, overwrite: bool = False) -> dict[Path, Path]:
     """Each input photo and where its restoration goes. UserError where a file would be lost: two
     inputs of one output, an output that is an input, or one that exists without `overwrite`."""
+    source, output = source.resolve(), output.resolve()     # one file, one name
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
     photos = {source: output / f"{source.stem}.png"} if source.is_file() else {
@@ -53,7 +54,7 @@ def main(args):
     if args.sheet:
         check_sheet(Path(args.sheet), args.overwrite)
     net, state = load_restorer(args.ckpt, device)
-    diffusion, K = Diffusion(net.config, device), args.ddim_steps or state["args"]["ddim_steps"]
+    K = args.ddim_steps or state["args"]["ddim_steps"]
     photos, pairs, skipped = outputs(Path(args.input), Path(args.output), args.overwrite), [], 0
     for path, target in tqdm(photos.items(), "restoring", disable=None):
         try:
@@ -62,8 +63,7 @@ def main(args):
             print(f"skipped {error}", file=sys.stderr)
             skipped += 1
             continue
-        generator = torch.Generator().manual_seed(args.seed)
-        restored = diffusion.sample(net, lq, K, args.eta, generator)
+        restored = restore(net, lq, K, args.eta, args.seed)
         target.parent.mkdir(parents=True, exist_ok=True)
         sheet([restored]).save(target)
         pairs.append((lq.cpu(), restored.cpu()))

@@ -1,7 +1,7 @@
 """Every flag of train.py, and the presets that fill in what the command line leaves open.
 
-K = 50 and G = 9 are LRPO's code; the rest of the presets is ours, `tiny` by measurement
-(docs/results.md), the larger ones by extrapolation from it.
+K = 50 and G = 9 are LRPO's code, `base`'s steps and rate of refl DiffusionReward's. The rest is
+ours: `tiny` and `small` by measurement (docs/results.md), `base` by extrapolation, untried.
 """
 import argparse
 
@@ -49,8 +49,9 @@ PRESETS = {
 EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.98, refl=0.99, darl=0.98)
 WARMUP = dict(sft=100, frm=20, lrpo=2, refl=10, darl=2)     # steps of linear warm-up (ours)
 
-# Flags that only some modes read; a run of another mode goes on without regard to them.
-OWN = {("frm",): {"labels"},
+# Flags that only some modes read; refused in others, and not compared when a run goes on.
+OWN = {("demo",): {"methods"},
+       ("frm",): {"labels"},
        ("lrpo", "darl"): {"group", "branch", "updates", "clip", "adv_std", "noise_level_weights"},
        ("lrpo",): {"pg_weight", "gt_weight", "gt_target", "gt_last"},
        ("darl",): {"blend", "sft_weight", "kl_weight", "stepwise"},
@@ -87,11 +88,12 @@ def parser() -> argparse.ArgumentParser:
     flag("--data", help="folder of face photos (default: drawn faces)")
     flag("--faces", type=positive, help="how many drawn faces to train on")
     flag("--out", help="run folder (default runs/MODE; for demo the folder of all of them, runs)")
-    flag("--init", help="checkpoint to start from (default: sft/last.pt beside --out)")
+    flag("--init", help="restorer to start from (default: sft/last.pt beside --out; sft: none)")
     flag("--resume", action="store_true", help="go on with the run in --out, exactly")
     flag("--overwrite", action="store_true", help="start anew where --out holds a run")
     flag("--steps", type=positive, help="calls of the method's step, in all")
-    flag("--minutes", type=amount, help="stop after this much training time of this call")
+    flag("--minutes", type=amount, help="stop after this much training time of this call (demo: of "
+         "each stage)")
     flag("--every", type=positive, help="steps between measurements, with checkpoints")
     flag("--batch_size", type=positive, help="images a step; for lrpo and darl, groups")
     flag("--lr", type=amount, help="learning rate")

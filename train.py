@@ -29,7 +29,7 @@ from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensor
                    save_checkpoint)
 from refl import ReFL
 from rewards import LPIPS, build_reward, parse_rewards
-from settings import EMA_DECAY, METHODS, OWN, WARMUP, parser, resolve
+from settings import EMA_DECAY, METHODS, OWN, PRESETS, WARMUP, parser, resolve
 
 VALIDATION = 64         # held-out images measured during training
 RESTORED_PAIRS = 512    # restorations that the face reward model learns from
@@ -52,8 +52,12 @@ def build(args, device, generator, photos):
             raise UserError(f"--init {init}: made for {net.config.size} px, not --size {args.size}")
         if state["args"]["data"] and not args.data:
             raise UserError(f"--init {init}: trained on {state['args']['data']}; give its --data")
-        args.channels, args.patch = net.config.channels, net.config.patch   # for args.json
-        args.mults = ",".join(map(str, net.config.mults))
+        for name, has in (("channels", net.config.channels), ("patch", net.config.patch),
+                          ("mults", ",".join(map(str, net.config.mults)))):
+            if getattr(args, name) not in (PRESETS[args.preset][name], has):
+                raise UserError(f"--{name} {getattr(args, name)}: --init {init} has {has}; leave "
+                                "it out")
+            setattr(args, name, has)        # for args.json
         net.train().requires_grad_(True)
     net = net.to(device)
     net.bf16 = args.bf16 == "on"
@@ -140,10 +144,10 @@ def train(args):
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-    for old in () if saved else (*out.glob("*.pt"), *out.glob("samples_*.png")):
-        old.unlink()                    # --overwrite: nothing of the old run may look like the new
+    for old in () if saved else (last, out / "best.pt", *out.glob("samples_??????.png")):
+        old.unlink(missing_ok=True)     # --overwrite: nothing of the old run may look like the new
     log = Log(out / "metrics.csv", start)
-    log.rows += [] if saved else [{"step": 0, "seconds": 0.0, **figures}]
+    log.rows = log.rows or [{"step": start, "seconds": 0.0, **figures}]
     print(plan(args, method.net, len(photos), start))
     before = spent = float(log.rows[-1]["seconds"])
     clock = time.perf_counter()
@@ -159,7 +163,8 @@ def train(args):
         if not all(math.isfinite(value) for value in stats.values()):
             raise UserError(f"--lr {args.lr}: step {done} gave a number that is not finite; try a "
                             f"lower --lr (the checkpoints in {out} are from before)")
-        stop = done == args.steps or (args.minutes and spent - before > 60 * args.minutes)
+        stop = done == args.steps or (
+            args.minutes is not None and spent - before > 60 * args.minutes)
         figures = {}
         if done % args.every == 0 or stop:
             figures, picture = validate(ema.net)
@@ -187,9 +192,15 @@ def train(args):
 
 
 def check_flags(given):
-    """Refuse a flag that no chosen mode reads: it would have no effect and nobody would notice."""
+    """Refuse a flag that would have no effect: nobody would notice."""
     methods = METHODS if "all" in given.methods else given.methods
-    modes = {"frm", *(methods if given.mode == "demo" else [given.mode])}
+    modes = {given.mode, *(methods if given.mode == "demo" else ())}
+    modes |= {"frm"} if modes != {"sft"} else set()     # a method trains frm where there is none
+    for useless, why in ((given.mode == "demo" and given.init, "--init: demo trains its own sft"),
+                         (given.data and given.faces, "--faces: --data has the photos"),
+                         (given.resume and given.overwrite, "--resume or --overwrite, not both")):
+        if useless:
+            raise UserError(f"{why}; leave it out")
     for readers, names in OWN.items():
         for name in names if modes.isdisjoint(readers) else ():
             if getattr(given, name) != parser().get_default(name):
@@ -220,13 +231,13 @@ def check(args):
             raise UserError(f"--branch {args.branch}: must be below --ddim_steps {args.ddim_steps}")
     if args.mode == "darl" and args.stepwise == "on" and args.branch:
         raise UserError("--stepwise on: needs --branch 0 (and a smaller --batch_size)")
-    if args.mode == "darl" and args.lpips_weights:
-        LPIPS(args.lpips_net, args.lpips_weights)
     if args.mode == "refl" and args.refl_last > args.ddim_steps:
         raise UserError(f"--refl_last {args.refl_last}: at most --ddim_steps {args.ddim_steps}")
     if args.mode in METHODS:
-        fetched = {name: w for name, w in terms.items() if name != "face"}
-        build_reward(fetched, "cpu", None, args.lpips_net, args.lpips_weights, args.clip_weights)
+        early = {name for name in terms if name != "face" or args.frm_weights}
+        early |= {"lpips"} if args.mode == "darl" and args.lpips_weights else set()
+        build_reward(dict.fromkeys(early, 0.0), "cpu", args.frm_weights, args.lpips_net,
+                     args.lpips_weights, args.clip_weights, args.size)
 
 
 def plan(args, net, photos: int, start: int) -> str:
@@ -239,7 +250,8 @@ def plan(args, net, photos: int, start: int) -> str:
                  f"{args.branch}, {args.updates} updates a rollout")
     if args.mode in METHODS:
         text += f"; rewards {args.rewards}"
-    return f"{text}{f'; at most {args.minutes:.2g} minutes' if args.minutes else ''}; to {args.out}"
+    limit = "" if args.minutes is None else f"; at most {args.minutes:.2g} minutes"
+    return f"{text}{limit}; to {args.out}"
 
 
 def run_state(args, method, ema, generator, step: int, best: float) -> dict:
@@ -256,7 +268,7 @@ def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
     """Everything back to where run_state left it; returns the next step and the best score."""
     was, now = saved["args"], vars(args)
     foreign = set().union(*(names for modes, names in OWN.items() if args.mode not in modes))
-    for name in {*was, *now} - FREE_ON_RESUME - foreign:
+    for name in sorted({*was, *now} - FREE_ON_RESUME - foreign):
         if was.get(name) != now.get(name):
             raise UserError(f"--resume: {args.out} was run with --{name} {was.get(name)}, "
                             f"not {now.get(name)}")
@@ -292,12 +304,16 @@ def demo(args):
             for mode in stages}
     for run in runs.values():
         check(run)
+    longer = root / "sft_longer"
+    if longer.exists() and not (args.resume or args.overwrite):
+        raise UserError(f"--out {root}: holds {longer} already, which demo writes anew; "
+                        "--overwrite it, or name another --out")
     for mode, run in runs.items():
         if not run.resume or len(Log(root / mode / "metrics.csv").rows) <= run.steps:
             train(run)      # else it was finished before
     # The baseline that any method must beat: supervised training for the same extra wall time.
-    shutil.rmtree(root / "sft_longer", ignore_errors=True)
-    shutil.copytree(root / "sft", root / "sft_longer")
+    shutil.rmtree(longer, ignore_errors=True)
+    shutil.copytree(root / "sft", longer)
     extra = ("frm" in runs and seconds("frm")) + max(seconds(m) for m in methods)
     train(stage("sft", "sft_longer", resume=True, overwrite=False, minutes=extra / 60,
                 steps=100 * runs["sft"].steps))
@@ -317,8 +333,11 @@ def main(argv=None):
     args = resolve(given)
     frm = Path(args.out).parent / "frm" / "last.pt"
     check(args)
-    if (args.mode in METHODS and "face" in parse_rewards(args.rewards) and not args.frm_weights
-            and not frm.exists()):
+    trained_first = (args.mode in METHODS and "face" in parse_rewards(args.rewards)
+                     and not args.frm_weights and not frm.exists())
+    if args.mode != "frm" and args.labels != "known" and not trained_first:
+        raise UserError("--labels: no face reward model is trained here; use --mode frm")
+    if trained_first:
         print(f"no face reward model at {frm}: training one first")
         own = dict(mode="frm", out=str(frm.parent), resume=False, minutes=None, steps=None,
                    batch_size=None, lr=None, every=None)

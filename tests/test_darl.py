@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from darl import DARL, blend_weight, by_quartile, gaussian_kl
-from lrpo import LRPO
+from darl import DARL, blend_weight, by_quartile
+from lrpo import LRPO, gaussian_kl
 from model import SFT, Config, Diffusion, UNet
 
 

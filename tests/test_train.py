@@ -21,7 +21,7 @@ from frm import FaceRewardModel
 from rewards import CompositeReward
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--size", "16", "--channels", "8", "--mults", "1,2", "--faces", "24", "--batch_size", "4",
+SMALL = ["--size", "16", "--channels", "8", "--mults", "1,2", "--batch_size", "4",
          "--device", "cpu", "--ddim_steps", "3", "--every", "3"]
 
 
@@ -32,7 +32,7 @@ def run(mode, out, *more, steps=3):
 
 @pytest.fixture(scope="module", autouse=True)
 def little_work():
-    quick = {"steps": 3, "batch_size": 4, "every": 3, "group": 2, "branch": 2}
+    quick = {"steps": 3, "batch_size": 4, "every": 3, "group": 2, "branch": 2, "faces": 24}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VALIDATION", 8)
         patch.setattr(train, "RESTORED_PAIRS", 8)
@@ -139,7 +139,22 @@ def test_every_flag_of_a_method_reaches_it(mode):
 
 
 def test_minutes_stop_a_run_early(tmp_path):
-    assert run("sft", tmp_path / "sft", "--minutes", "1e-6", steps=50)["step"] == 1
+    assert run("sft", tmp_path / "sft", "--minutes", "0", steps=50)["step"] == 1
+
+
+def test_a_run_takes_nothing_but_its_own_files_away(tmp_path, monkeypatch):
+    for name in ("RN50.pt", "samples_of_mine.png"):
+        (tmp_path / name).write_text("mine")
+    run("sft", tmp_path, steps=1)
+    run("sft", tmp_path, "--overwrite", steps=1)
+    assert all((tmp_path / name).read_text() == "mine" for name in ("RN50.pt",
+                                                                    "samples_of_mine.png"))
+    (tmp_path / "metrics.csv").unlink()         # nor does a lost log stop a run
+    run("sft", tmp_path, "--resume", steps=2)
+    (tmp_path / "runs" / "sft_longer").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="sft_longer already"):
+        train.main(["--mode", "demo", *SMALL])
 
 
 def test_evaluate_and_sample(runs, tmp_path, capsys):
@@ -160,6 +175,13 @@ def test_evaluate_and_sample(runs, tmp_path, capsys):
     want = sum(w * row[f"r_{name}"] for name, w in figures["rewards"].items())
     assert row["reward"] == pytest.approx(want, rel=1e-5) and figures["images"] == 6
     assert Image.open(tmp_path / "e" / "comparison.png").size == (4 * 96, 6 * 96)
+
+    (tmp_path / "file").touch()
+    for flags, message in ((["--out", str(tmp_path / "file")], "not a folder to write to"),
+                           (["--n", "3", "--quartiles"], "4 held-out images")):
+        with pytest.raises(UserError, match=message):
+            evaluate.compare(evaluate.parser().parse_args(["--ckpt", ckpts[0], "--device", "cpu",
+                                                           "--rewards", "ssim=1", *flags]))
 
     photos = tmp_path / "photos"
     (photos / "deep").mkdir(parents=True)
@@ -187,8 +209,9 @@ def test_sample_loses_nothing(tmp_path, runs):
     with pytest.raises(UserError, match="would both become"):
         sample.outputs(tmp_path, tmp_path / "out")
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(UserError, match="would be lost"):
-        sample.outputs(tmp_path, tmp_path)
+    for same in (tmp_path, tmp_path / ".." / tmp_path.name):
+        with pytest.raises(UserError, match="would be lost"):
+            sample.outputs(tmp_path, same, overwrite=True)
     (tmp_path / "photo").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "photo" / "a.jpg")
     with pytest.raises(UserError, match="would be lost"):
@@ -279,6 +302,14 @@ MISTAKES = {
     "a size that no network fits": (["--mode", "sft", "--size", "30"], "multiple of"),
     "a flag of another method": (["--mode", "lrpo", "--init", "{sft}", "--struct_weight", "3"],
                                  "--struct_weight: --mode lrpo does not read it, only refl"),
+    "labels where no reward model is trained": (["--mode", "lrpo", "--init", "{sft}", "--rewards",
+                                                 "ssim=1", "--labels", "svm"], "--mode frm"),
+    "another network than --init's": (["--mode", "lrpo", "--init", "{sft}", "--patch", "4"],
+                                      "--patch 4: --init .* has 2; leave it out"),
+    "drawn faces and photos": (["--mode", "sft", "--data", "{empty}", "--faces", "9"], "--faces"),
+    "a missing face reward model, before any work": (["--mode", "demo", "--frm_weights", "none"],
+                                                     "none: no such file"),
+    "an odd network": (["--mode", "sft", "--channels", "6"], "channels must be"),
     "a flag that the demo's methods do not read": (["--mode", "demo", "--blend", "hard"],
                                                    "--blend: --mode demo does not read it"),
     "no such device": (["--mode", "sft", "--device", "nonsense"], "--device"),
