@@ -14,7 +14,7 @@ Departs  (the published code does the first of each pair)
            ratio is always 1 and the clip never acts: that is REINFORCE.
          - The exponent of the likelihood term can be positive: here it is at most 0.
          - Advantages divided by the spread of the whole batch: here of the group (the figure).
-         - Likelihood weight .001 on the last 5 of 50 steps, where it does next to nothing: here 3.2
+         - Likelihood weight .001 on the last 5 of 50 steps, where it does next to nothing: here 2.7
            (32 px; less for larger images) wherever a step is trained, with the `posterior` target.
          - Every noise of every trajectory its own: here a group parts at one step (`branch`; 0 is
            the paper's form, and what --preset base keeps).
@@ -137,7 +137,7 @@ class LRPO:
 
     def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, *, lr=1e-4,
                  K=10, eta=1.0, group=8, updates=2, clip=None, adv_std="group",
-                 noise_weights=True, pg_weight=1.0, gt_weight=3.2, gt_target="posterior",
+                 noise_weights=True, pg_weight=1.0, gt_weight=2.7, gt_target="posterior",
                  gt_last=0, branch=4):
         if eta <= 0:
             raise ValueError("eta must be above 0: without noise a step has no likelihood")

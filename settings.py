@@ -26,7 +26,7 @@ PRESETS = {
         batch_size=dict(sft=16, frm=32, lrpo=32, refl=16, darl=32),
         lr=dict(sft=1e-3, frm=1e-3, lrpo=1e-4, refl=1e-4, darl=1e-4),
         every=dict(sft=500, frm=50, lrpo=20, refl=60, darl=15),
-        ddim_steps=10, group=8, branch=4, gt_weight=3.2, bf16="off",
+        ddim_steps=10, group=8, branch=4, gt_weight=2.7, bf16="off",
         rewards=rewarded(OFFLINE, "face=.1,ssim=.4")),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
