@@ -21,7 +21,7 @@ Departs  (the published code does the first of each pair)
          The last DDIM step has sigma = 0, so no density: it is left out, see `trained_steps`.
 Found    (docs/results.md; drawn faces, 32 px, K = 10) With full trajectories the policy gradient of
          512 samples cannot be told from noise: what one step's noise did to the reward is lost
-         among the others. Over fifty rollouts it still lifts `face` by .12; with a branch, by .20
+         among the others. Over fifty rollouts it still lifts `face` by .12; with a branch, by .21
          in the same time.
          Likelihood and policy gradient pull against each other: the one raises PSNR and lowers
          `face`, the other the other way round. gt_weight sets the balance, which tips towards the
