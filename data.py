@@ -44,6 +44,11 @@ def run_main(main):
         sys.exit(f"error: {error}")
 
 
+def has_file(folder) -> bool:
+    """Whether a file stands where this folder, or one above it, would be."""
+    return any(path.is_file() for path in (Path(folder), *Path(folder).parents))
+
+
 def make_folder(path) -> Path:
     """The folder `path`, made where there is none. UserError where there cannot be one."""
     try:

@@ -106,8 +106,8 @@ def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
         raise UserError(f"{source}: not a checkpoint of --mode frm, nor a published one; {remedy}")
     if ours and "out.weight" in weights:
         if size not in (None, state["args"]["size"]):
-            raise UserError(f"{source}: trained on {state['args']['size']} px, not {size} px; "
-                            "--frm_weights names another, --mode frm --overwrite trains anew")
+            raise UserError(f"{source}: trained on {state['args']['size']} px, not {size} px; give "
+                            "its --size, name another, or train anew (--mode frm --overwrite)")
         face = FaceRewardModel()
         face.load_state_dict(weights)
         return face

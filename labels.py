@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Photos, UserError, pairs, read_photo, sheet, to_float
+from data import Photos, UserError, has_file, pairs, read_photo, sheet, to_float
 from evaluate import positive, restore, whole
 from frm import graded
 from model import load_restorer, pick_device
@@ -125,7 +125,7 @@ def read_labels(path, size: int):
 def write_pairs(args):
     """Pairs for a person: NNNN.png (a | b) to look at, both and the photo, and pairs.csv."""
     out = Path(args.out)
-    if out.is_file() or (out / "pairs.csv").exists():
+    if has_file(out) or (out / "pairs.csv").exists():
         raise UserError(f"--out {out}: is a file, or its pairs.csv may hold labels already; choose "
                         "another")
     net, state = load_restorer(args.ckpt, pick_device(args.device))

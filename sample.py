@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import UserError, find_photos, read_photo, run_main, sheet, to_float
+from data import UserError, find_photos, has_file, read_photo, run_main, sheet, to_float
 from evaluate import EVAL_ETA, positive, restore, share, whole
 from model import load_restorer, pick_device
 
@@ -25,8 +25,8 @@ def outputs(source: Path, output: Path, overwrite: bool = False) -> dict[Path, P
     """Each input photo and where its restoration goes. UserError where a file would be lost: two
     inputs of one output, an output that is an input, or one that exists without `overwrite`."""
     source, output = source.resolve(), output.resolve()     # one file, one name
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; name a folder")
+    if has_file(output):
+        raise UserError(f"--output {output}: is a file, or below one; name a folder")
     photos = {source: output / f"{source.stem}.png"} if source.is_file() else {
         path: output / path.relative_to(source).with_suffix(".png")
         for path in find_photos(source, "--input")}

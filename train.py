@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import evaluate
 from darl import DARL
-from data import Photos, UserError, run_main, sheet, train_batch
+from data import Photos, UserError, has_file, run_main, sheet, train_batch
 from evaluate import Log
 from frm import FaceRewardModel, FaceRewardTraining, load_face_reward
 from labels import label_pairs, read_labels, unknown_pairs
@@ -196,11 +196,12 @@ def check_flags(given):
     methods = METHODS if "all" in given.methods else given.methods
     modes = {given.mode, *(methods if given.mode == "demo" else ())}
     modes |= {"frm"} if modes != {"sft"} else set()     # a method trains frm where there is none
-    for useless, why in ((given.mode == "demo" and given.init, "--init: demo trains its own sft"),
-                         (given.data and given.faces, "--faces: --data has the photos"),
-                         (given.resume and given.overwrite, "--resume or --overwrite, not both")):
+    for useless, why in (
+            (given.mode == "demo" and given.init, "--init: demo trains its own sft; leave it out"),
+            (given.data and given.faces, "--faces: the photos are --data's; leave one of them out"),
+            (given.resume and given.overwrite, "--resume, --overwrite: give one of them, not both")):
         if useless:
-            raise UserError(f"{why}; leave it out")
+            raise UserError(why)
     for readers, names in OWN.items():
         for name in names if modes.isdisjoint(readers) else ():
             if getattr(given, name) != parser().get_default(name):
@@ -211,8 +212,8 @@ def check_flags(given):
 def check(args):
     """Refuse what cannot work before any work is done and any file written."""
     last = Path(args.out) / "last.pt"
-    if Path(args.out).is_file():
-        raise UserError(f"--out {args.out}: is a file; name a folder")
+    if has_file(args.out):
+        raise UserError(f"--out {args.out}: is a file, or below one; name a folder")
     if args.resume and not last.exists():
         raise UserError(f"--resume: there is no {last} to go on from")
     if last.exists() and not args.resume and not args.overwrite:
@@ -221,6 +222,8 @@ def check(args):
     terms = parse_rewards(args.rewards)
     if args.mode == "frm" and args.labels not in ("known", "svm"):
         read_labels(args.labels, args.size)
+    if args.mode == "frm" and args.frm_weights:
+        load_face_reward(args.frm_weights, size=args.size)
     if args.mode in ("lrpo", "darl"):
         if args.eta <= 0:
             raise UserError(f"--eta must be above 0 in {args.mode}: without noise a step has no "
