@@ -5,6 +5,7 @@ ours: `tiny` and `small` by measurement (docs/results.md), `base` by extrapolati
 """
 import argparse
 
+from data import UserError
 from evaluate import amount, positive, share, whole
 from rewards import OFFLINE
 
@@ -138,3 +139,21 @@ def parser() -> argparse.ArgumentParser:
     flag("--stepwise", default="off", choices=["on", "off"], help="darl: credit each step with "
          "what is gained after it (needs --branch 0)")
     return p
+
+
+def check_flags(given):
+    """Refuse a flag that would have no effect: nobody would notice."""
+    methods = METHODS if "all" in given.methods else given.methods
+    modes = {given.mode, *(methods if given.mode == "demo" else ())}
+    modes |= {"frm"} if modes != {"sft"} else set()     # a method trains frm where there is none
+    for useless, why in (
+            (given.mode == "demo" and given.init, "--init: demo trains its own sft; leave it out"),
+            (given.data and given.faces, "--faces: --data has the photos; leave one of them out"),
+            (given.resume and given.overwrite, "--resume, --overwrite: give one, not both")):
+        if useless:
+            raise UserError(why)
+    for readers, names in OWN.items():
+        for name in names if modes.isdisjoint(readers) else ():
+            if getattr(given, name) != parser().get_default(name):
+                raise UserError(f"--{name}: --mode {given.mode} does not read it, only "
+                                f"{' and '.join(readers)}; leave it out")

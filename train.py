@@ -29,7 +29,7 @@ from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensor
                    save_checkpoint)
 from refl import ReFL
 from rewards import LPIPS, build_reward, parse_rewards
-from settings import EMA_DECAY, METHODS, OWN, PRESETS, WARMUP, parser, resolve
+from settings import EMA_DECAY, METHODS, OWN, PRESETS, WARMUP, check_flags, parser, resolve
 
 VALIDATION = 64         # held-out images measured during training
 RESTORED_PAIRS = 512    # restorations that the face reward model learns from
@@ -189,24 +189,6 @@ def train(args):
             break
     print(f"{args.mode}: {done} steps, {spent:.0f} s of training; "
           + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-
-
-def check_flags(given):
-    """Refuse a flag that would have no effect: nobody would notice."""
-    methods = METHODS if "all" in given.methods else given.methods
-    modes = {given.mode, *(methods if given.mode == "demo" else ())}
-    modes |= {"frm"} if modes != {"sft"} else set()     # a method trains frm where there is none
-    for useless, why in (
-            (given.mode == "demo" and given.init, "--init: demo trains its own sft; leave it out"),
-            (given.data and given.faces, "--faces: the photos are --data's; leave one of them out"),
-            (given.resume and given.overwrite, "--resume, --overwrite: give one of them, not both")):
-        if useless:
-            raise UserError(why)
-    for readers, names in OWN.items():
-        for name in names if modes.isdisjoint(readers) else ():
-            if getattr(given, name) != parser().get_default(name):
-                raise UserError(f"--{name}: --mode {given.mode} does not read it, only "
-                                f"{' and '.join(readers)}; leave it out")
 
 
 def check(args):

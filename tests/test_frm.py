@@ -41,7 +41,7 @@ def test_spoil_adds_grain_or_a_cast_of_growing_strength():
 
 
 def test_the_reward_model_is_not_fooled_by_grain_or_casts(monkeypatch):
-    """Blurred against sharp alone teaches that noise is detail; the spoilt pairs teach otherwise."""
+    """Blurred against sharp alone teaches that noise is detail; spoilt pairs teach otherwise."""
     torch.manual_seed(0)
     monkeypatch.setattr("frm.graded", lambda gt, _: (gt, torch.nn.functional.avg_pool2d(
         gt, 3, 1, 1)))      # the real one takes most of the time
