@@ -5,7 +5,8 @@ Paper    DiffusionReward (Wu et al. 2025, arXiv 2505.17910): preference pairs, t
 Departs  Ours by default is a small network without text, trained here in a minute on pairs whose
          order is known. For CLIP one sentence (`CAPTION`) stands in for a caption of each photo.
 Found    (docs/results.md) Taught by blurred and compressed pictures alone, it puts a photo with
-         grain on it above the photo in 99 of 100 pairs, and RL follows. Hence `spoil`.
+         grain on it above the photo in 99 of 100 pairs. Hence `spoil`, which mends that; a policy
+         gradient or ReFL with nothing to hold it still fools the model.
 
 Both models have one interface: `score(x)` is the Bradley-Terry strength in logits, (B,), which the
 pair loss compares; calling the model gives the reward, (B,), higher better.
@@ -169,8 +170,8 @@ GRAIN, CAST = 30 / 255, 0.15    # ours: standard deviations at full strength, of
 
 
 def spoil(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Grain or a colour cast over the picture, of random strength. The blind degradation blurs and
-    enlarges, so whoever knows only that takes grain for detail, and RL delivers grain (ours)."""
+    """Grain or a colour cast over the picture, of random strength (ours). The blind degradation
+    blurs and enlarges, so that whoever knows only that takes grain for detail."""
     coin, strength = torch.rand(2, len(x), 1, 1, 1, generator=generator).to(x.device)
     grain = GRAIN * gaussian(x, generator)
     cast = CAST * gaussian(x[:, :, :1, :1], generator)                  # (B, 3, 1, 1)
