@@ -19,14 +19,30 @@ Reading  (ours) For each LQ image i of a rollout, with its group of G restoratio
          SFT's loss on the same images; w balances the two.
 """
 import copy
+from dataclasses import dataclass, field
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lrpo import LRPO, gaussian_kl
+from lrpo import gaussian_kl, setting
+from steered import BranchedLRPO, BranchedSettings
 
 MEAN_DECAY = 0.95       # ours: a running mean over some twenty rollouts, as the policy improves
+
+
+@dataclass
+class DARLSettings(BranchedSettings):
+    """LRPO's settings but for its loss weights, and DARL's own. No published value is known."""
+    pg_weight: float = field(default=1.0, init=False)
+    gt_weight: float = field(default=0.0, init=False)
+    gt_last: int = field(default=0, init=False)
+    blend: str = setting("adaptive", None, "share of RL in an image's loss: adaptive, hard (above "
+                         "the mean difficulty only), easy, or a number from 0 to 1")
+    sft_weight: float = setting(0.2, None, "weight of the supervised loss")
+    kl_weight: float = setting(0.0, None, "weight of the KL from the policy it started as")
+    stepwise: str = setting("off", None, "credit each step with what is gained after it",
+                            choices=["on", "off"])
 
 
 def blend_weight(rho: Tensor, blend: str) -> Tensor:
@@ -45,7 +61,7 @@ def by_quartile(values: Tensor, difficulty: Tensor) -> list[float]:
             if len(part)]
 
 
-class DARL(LRPO):
+class DARL(BranchedLRPO):
     """LRPO's rollout and policy gradient; the loss blended with SFT's by difficulty.
 
     ValueError for step-wise rewards with a branch: the members of a group share the state in which
@@ -53,49 +69,51 @@ class DARL(LRPO):
     best.pt is chosen by the rewarded score, which can be hacked: last.pt is what is compared.
     """
 
-    def __init__(self, *args, blend="adaptive", sft_weight=0.2, kl_weight=0.0, stepwise=False,
-                 lpips=None, **kwargs):
-        super().__init__(*args, gt_weight=0.0, **kwargs)
-        if stepwise and self.branch:
-            raise ValueError("step-wise rewards need --branch 0")
-        self.blend, self.sft_weight, self.kl_weight = blend, sft_weight, kl_weight
-        self.stepwise, self.lpips, self.mean = stepwise, lpips, None
-        self.reference = copy.deepcopy(self.net).requires_grad_(False)
+    def __init__(self, net, diffusion, reward, generator, settings, lpips=None):
+        super().__init__(net, diffusion, reward, generator, settings)
+        if settings.stepwise == "on" and self.branch:
+            raise ValueError("step-wise rewards need --branch off")
+        self.lpips, self.mean = lpips, None
+        self.reference = copy.deepcopy(net).requires_grad_(False)
 
     def difficulty(self, restored: Tensor, gt: Tensor) -> Tensor:
-        """d_i, the mean distance of a group's members from the ground truth: (P,)."""
-        gt, restored = self.each(gt), restored.clamp(-1, 1)
+        """d_i, the mean distance of a group's members from the ground truth: (B, ...) -> (P,)."""
+        restored = restored.clamp(-1, 1)
         d = 1 - self.lpips(restored, gt) if self.lpips else (restored - gt).abs().mean((1, 2, 3))
-        return d.view(-1, self.group).mean(dim=1)
+        return d.view(-1, self.settings.group).mean(dim=1)
 
-    @torch.no_grad()
     def score(self, restored: Tensor, gt: Tensor):
         """LRPO's; on the way, the difficulty of each image and with it lambda."""
-        self.d = self.difficulty(restored, gt)                                  # (P,)
+        self.gt, self.d = gt, self.difficulty(restored, gt)                                  # (P,)
         self.mean = self.d.mean() if self.mean is None else self.mean
-        self.blend_weights = blend_weight(self.d / self.mean, self.blend)       # (P,)
+        self.blend_weights = blend_weight(self.d / self.mean, self.settings.blend)      # (P,)
         self.mean = self.mean.lerp(self.d.mean(), 1 - MEAN_DECAY)
         return super().score(restored, gt)
 
-    def assign_advantages(self, steps, grouped: Tensor, weights: Tensor):
+    def assign_advantages(self, steps, rewards: Tensor, weights: Tensor):
         """Step-wise: a step is credited with what the score still gained after it, R(x_0) minus the
         score of x0_hat as it was before the step."""
-        if not self.stepwise:
-            return super().assign_advantages(steps, grouped, weights)
-        for step in steps:
-            gained = grouped - self.reward(step.x0_hat, step.gt)[0].view_as(grouped)    # (P, G)
-            super().assign_advantages([step], gained, weights)
+        if self.settings.stepwise == "off":
+            return super().assign_advantages(steps, rewards, weights)
+        for step, w in zip(steps, weights):
+            gained = rewards - self.reward(step.x0_hat, self.gt)[0].view_as(rewards)    # (P, G)
+            super().assign_advantages([step], gained, [w])
 
-    def loss(self, step, mu: Tensor, sigma: Tensor, pg: Tensor):
-        lam = self.blend_weights.repeat_interleave(len(mu) // len(self.d))      # (R,)
-        rl = (lam.repeat_interleave(len(pg) // len(mu)) * pg).mean()
-        sft = ((1 - lam) * self.diffusion.loss(self.net, step.lq, step.gt, self.generator)).mean()
-        with torch.no_grad():
-            ref, _, _ = self.diffusion.ddim_step(self.reference, step.x, step.lq,
-                                                 *self.trained_steps[step.k], self.eta)
-        kl = gaussian_kl(mu, ref, sigma).mean()
-        return (rl + self.sft_weight * sft + self.kl_weight * kl,
-                {"pg_loss": rl, "sft_loss": sft, "kl": kl})
+    def loss(self, step, lq: Tensor, gt: Tensor, mu: Tensor, sigma: Tensor, pg: Tensor):
+        """lambda_i L_RL + w (1 - lambda_i) L_SFT + beta KL, and its terms by name."""
+        settings, G = self.settings, self.settings.group
+        lam = self.blend_weights                                                # (P,)
+        rl = (lam.repeat_interleave(G) * pg).mean()
+        sft = self.diffusion.loss(self.net, lq[::G], gt[::G], self.generator)   # (P,)
+        sft, terms = ((1 - lam) * sft).mean(), {}
+        loss = rl + settings.sft_weight * sft
+        if settings.kl_weight:
+            with torch.no_grad():
+                ref, _, _ = self.diffusion.ddim_step(self.reference, step.x, lq, step.t, step.s,
+                                                     settings.eta)
+            terms["kl"] = gaussian_kl(mu, ref, sigma).mean()
+            loss = loss + settings.kl_weight * terms["kl"]
+        return loss, {"pg_loss": rl, "sft_loss": sft, **terms}
 
     def step(self, batch) -> dict[str, float]:
         stats = super().step(batch)

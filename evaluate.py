@@ -17,6 +17,8 @@ import torch
 from matplotlib.figure import Figure
 
 from data import Photos, UserError, make_folder, pairs, run_main, sheet
+from frontier import (FRONTIER_ETAS, FRONTIER_STEPS, draw_frontier, frontier, sampler_points,
+                      standard_error, verdict)
 from model import Diffusion, load_restorer, pick_device
 from rewards import LPIPS, build_reward, parse_rewards, psnr, ssim
 
@@ -70,16 +72,25 @@ def restore(net, lq, K: int, eta: float, seed: int):
     return torch.cat([diffusion.sample(net, part, K, eta, generator) for part in lq.split(BATCH)])
 
 
+def best_of(net, lq, gt, n: int, K: int, eta: float, seed: int, reward):
+    """The best by reward of n restorations of each image: what can be had without training, by
+    whoever knows the ground truth. (N, 3, H, W)"""
+    x = torch.stack([restore(net, lq, K, eta, seed + i) for i in range(n)])     # (n, N, 3, H, W)
+    scores = torch.stack([measure(u, gt, reward)["reward"] for u in x])         # (n, N)
+    return x[scores.argmax(dim=0), torch.arange(len(lq))]
+
+
 def table(rows: dict[str, dict]) -> str:
-    """A markdown table of per-image figures; the others are held against the second row."""
+    """A markdown table of means; each row is compared with the second. A reward term that has a
+    column of its own (ssim, lpips) is left out."""
     names = list(next(iter(rows.values())))
+    names = [name for name in names if name.removeprefix("r_") not in names or name[:2] != "r_"]
     base = list(rows.values())[1]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, row in rows.items():
         cells = []
         for name in names:
-            delta = row[name] - base[name]
-            error = delta.std().item() / len(delta) ** 0.5 if len(delta) > 1 else 0.0
+            error = standard_error(row[name] - base[name])
             cells.append(f"{row[name].mean():.4g}" + (f" ±{error:.2g}" if error > 0 else ""))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -112,6 +123,9 @@ def compare(args):
         raise UserError(f"--quartiles: needs 4 held-out images or more, not {len(gt)}")
     out = make_folder(args.out)
     images = [restore(net, lq, K, args.eta, args.seed) for net in nets]
+    if args.best_of:
+        images.append(best_of(nets[0], lq, gt, args.best_of, K, args.eta, args.seed, reward))
+        labels = [*labels, f"{labels[0]}, best of {args.best_of}"]
     rows = {"LQ": measure(lq, gt, reward, lpips)}
     rows |= {label: measure(x, gt, reward, lpips) for label, x in zip(labels, images)}
 
@@ -120,7 +134,6 @@ def compare(args):
              "images": len(gt), "size": size, "K": K,
              "eta": args.eta, "seed": args.seed, "rewards": reward.weights,
              "psnr, ssim": "RGB, data range 1, nanoLRPO's own; SSIM with Wang's window, no padding"}
-    (out / "metrics.json").write_text(json.dumps(facts | {"rows": means}, indent=1) + "\n")
     sheet([u[:8] for u in [lq, *images, gt]], scale=max(1, 96 // gt.shape[-1])).save(
         out / "comparison.png")
     formula = " + ".join(f"{w:g} {name}" for name, w in reward.weights.items())
@@ -134,6 +147,24 @@ def compare(args):
             print(table({label: {k: v[part] for k, v in row.items()}
                          for label, row in rows.items()}))
     print(f"{out}/comparison.png: LQ | {' | '.join(labels)} | ground truth")
+    facts |= {"rows": means}
+    if args.frontier:
+        points = sampler_points(lambda K, eta: measure(restore(nets[0], lq, K, eta, args.seed), gt,
+                                                       reward, lpips),
+                                sorted({*FRONTIER_ETAS, args.eta}))
+        names = [name for name in ("lpips", "r_face") if name in rows[labels[0]]] or ["ssim"]
+        draw_frontier(out / "frontier.png", {l: rows[l] for l in labels}, points, names, labels[0])
+        facts |= {"sampler": {f"K={K}, eta={eta:g}": {k: v.mean().item() for k, v in row.items()}
+                              for (K, eta), row in points.items()}, "beyond": {}}
+        print(f"\nthe first checkpoint's own sampler, eta = {args.eta:g}, and the other rows against "
+              "its frontier:")
+        print(table({"LQ": rows["LQ"]} | {f"K = {K}": points[K, args.eta] for K in FRONTIER_STEPS}))
+        for name in names:
+            places = frontier({l: rows[l] for l in labels[1:]}, points, name)
+            facts["beyond"][name] = places
+            print(*(verdict(l, name, *place) for l, place in places.items()), sep="\n")
+        print(f"{out}/frontier.png")
+    (out / "metrics.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 class Log:
@@ -177,6 +208,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=positive, default=200, help="how many held-out images (default 200)")
     p.add_argument("--quartiles", action="store_true", help="also a table for each quarter of the "
                    "images, by how far LQ is from the ground truth")
+    p.add_argument("--frontier", action="store_true", help="also the first checkpoint at other K "
+                   "and eta, and each row's distance from what those reach")
+    p.add_argument("--best_of", type=positive, help="also the best by reward of n restorations by "
+                   "the first checkpoint")
     p.add_argument("--rewards", help="name=weight,... or a set (default: as the first checkpoint)")
     p.add_argument("--frm_weights", help="face reward model (default: frm/last.pt beside the run)")
     p.add_argument("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])

@@ -225,27 +225,40 @@ class Diffusion:
         tau = [round(self.T * (K - k) / K) - 1 for k in range(K)] + [-1]
         return list(zip(tau[:-1], tau[1:]))
 
-    def ddim_step(self, net, x: Tensor, lq: Tensor, t: int, s: int, eta: float, x0: Tensor = None):
+    def levels(self, t: int, s: int) -> tuple[Tensor, Tensor]:
+        """abar_t and abar_s as float64 scalars; abar_s = 1 for s = -1, the clean image."""
+        abar = self.abar.double()
+        return abar[t], abar[s] if s >= 0 else torch.ones_like(abar[t])
+
+    def sigma(self, t: int, s: int, eta: float) -> Tensor:
+        """Standard deviation of the step t -> s (DDIM eq. 16), a float64 scalar. It is 0 at eta = 0
+        and at the last step, s = -1."""
+        a, a_prev = self.levels(t, s)
+        return eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()
+
+    def ddim_mean(self, x0: Tensor, eps: Tensor, t: int, s: int, eta: float) -> Tensor:
+        """Mean of the step t -> s for a clean image x0 and the noise eps (DDIM eq. 12): as x0."""
+        _, a_prev = self.levels(t, s)
+        direction = (1 - a_prev - self.sigma(t, s, eta) ** 2).clamp(min=0).sqrt()
+        return a_prev.sqrt() * x0 + direction * eps
+
+    def eps_of(self, x: Tensor, x0: Tensor, t: int) -> Tensor:
+        """The noise in x_t if the clean image is x0 (DDPM eq. 4, solved for eps): as x."""
+        a, _ = self.levels(t, -1)
+        return (x - a.sqrt() * x0) / (1 - a).sqrt()
+
+    def ddim_step(self, net, x: Tensor, lq: Tensor, t: int, s: int, eta: float):
         """One step t -> s as a Gaussian (DDIM eq. 12 and 16): x_s ~ N(mu, sigma^2 I).
 
-        Returns mu (B, 3, H, W), sigma (B, 1, 1, 1), x0_hat (B, 3, H, W). With `x0` given, the step
-        that the sampler would take if the clean image were x0: at eta = 1, DDPM's posterior
-        q(x_s | x_t, x_0); no network is called. sigma is 0 at eta = 0, and always at the last step.
+        Returns mu (B, 3, H, W), sigma (a scalar tensor), x0_hat (B, 3, H, W).
         """
-        t, s = (torch.full((len(x),), i, device=x.device) for i in (t, s))
-        a, a_prev = self.abar_at(t, x), self.abar_at(s, x)              # (B, 1, 1, 1)
-        if x0 is not None:
-            x0_hat, eps = x0, (x - a.sqrt() * x0) / (1 - a).sqrt()
-        elif self.prediction == "eps":
-            eps = self.predict(net, x, lq, t)
-            x0_hat = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        level = torch.full((len(x),), t, device=x.device)
+        a, out = self.abar_at(level, x), self.predict(net, x, lq, level)
+        if self.prediction == "eps":
+            eps, x0_hat = out, (x - (1 - a).sqrt() * out) / a.sqrt()
         else:
-            v = self.predict(net, x, lq, t)
-            x0_hat = a.sqrt() * x - (1 - a).sqrt() * v
-            eps = a.sqrt() * v + (1 - a).sqrt() * x
-        sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()
-        mu = a_prev.sqrt() * x0_hat + (1 - a_prev - sigma ** 2).clamp(min=0).sqrt() * eps
-        return mu, sigma, x0_hat
+            eps, x0_hat = a.sqrt() * out + (1 - a).sqrt() * x, a.sqrt() * x - (1 - a).sqrt() * out
+        return self.ddim_mean(x0_hat, eps, t, s, eta), self.sigma(t, s, eta), x0_hat
 
     @torch.no_grad()
     def sample(self, net, lq: Tensor, K: int, eta: float, generator: torch.Generator) -> Tensor:

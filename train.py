@@ -29,7 +29,9 @@ from model import (EMA, SFT, Config, Diffusion, UNet, load_restorer, load_tensor
                    save_checkpoint)
 from refl import ReFL
 from rewards import LPIPS, build_reward, parse_rewards
-from settings import EMA_DECAY, METHODS, OWN, PRESETS, WARMUP, check_flags, parser, resolve
+from settings import (EMA_DECAY, METHODS, PRESETS, WARMUP, check_flags, flags_of, foreign_flags,
+                      parser, resolve, settings_of)
+from steered import SteeredLRPO
 
 VALIDATION = 64         # held-out images measured during training
 RESTORED_PAIRS = 512    # restorations that the face reward model learns from
@@ -108,18 +110,15 @@ def make_method(args, net, diffusion, reward, generator):
                     struct_weight=args.struct_weight, reg_weight=args.reg_weight, reg=args.reg,
                     denoise_weight=args.denoise_weight, frm_update_every=args.frm_update_every,
                     frm_lr=args.frm_lr)
-    policy = dict(lr=args.lr, K=args.ddim_steps, eta=args.eta, group=args.group,
-                  updates=args.updates, clip=args.clip, adv_std=args.adv_std,
-                  noise_weights=args.noise_level_weights == "on", branch=args.branch)
+    own = settings_of(args.mode, args.recipe)
+    settings = own(**{name: getattr(args, name) for name in flags_of(own)})
     if args.mode == "lrpo":
-        return LRPO(*given, **policy, pg_weight=args.pg_weight, gt_weight=args.gt_weight,
-                    gt_target=args.gt_target, gt_last=args.gt_last)
+        return (LRPO if args.recipe == "paper" else SteeredLRPO)(*given, settings)
     lpips = reward.terms.get("lpips")
     if args.lpips_weights and lpips is None:
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(diffusion.abar.device)
     print(f"darl: rewards {args.rewards}; difficulty by {'LPIPS' if lpips else 'L1'}")
-    return DARL(*given, **policy, blend=args.blend, sft_weight=args.sft_weight, lpips=lpips,
-                kl_weight=args.kl_weight, stepwise=args.stepwise == "on")
+    return DARL(*given, settings, lpips)
 
 
 def train(args):
@@ -212,10 +211,8 @@ def check(args):
                             "likelihood")
         if args.group < 2 or args.ddim_steps < 2:
             raise UserError(f"--group and --ddim_steps must be 2 or more in {args.mode}")
-        if args.branch >= args.ddim_steps:
-            raise UserError(f"--branch {args.branch}: must be below --ddim_steps {args.ddim_steps}")
-    if args.mode == "darl" and args.stepwise == "on" and args.branch:
-        raise UserError("--stepwise on: needs --branch 0 (and a smaller --batch_size)")
+    if args.mode == "darl" and args.stepwise == "on" and args.branch == "on":
+        raise UserError("--stepwise on: needs --branch off (and a smaller --batch_size)")
     if args.mode == "refl" and args.refl_last > args.ddim_steps:
         raise UserError(f"--refl_last {args.refl_last}: at most --ddim_steps {args.ddim_steps}")
     if args.mode in METHODS:
@@ -231,8 +228,7 @@ def plan(args, net, photos: int, start: int) -> str:
     text = (f"{args.mode}: {photos:,} training photos of {args.size} px, {size:.2f} M parameters, "
             f"steps {start} to {args.steps} of {args.batch_size} images")
     if args.mode in ("lrpo", "darl"):
-        text += (f" x {args.group} restorations of {args.ddim_steps} DDIM steps, branch "
-                 f"{args.branch}, {args.updates} updates a rollout")
+        text += (f" x {args.group} restorations of {args.ddim_steps} DDIM steps")
     if args.mode in METHODS:
         text += f"; rewards {args.rewards}"
     limit = "" if args.minutes is None else f"; at most {args.minutes:.2g} minutes"
@@ -252,8 +248,7 @@ def run_state(args, method, ema, generator, step: int, best: float) -> dict:
 def restore_run(saved: dict, args, method, ema, generator) -> tuple[int, float]:
     """Everything back to where run_state left it; returns the next step and the best score."""
     was, now = saved["args"], vars(args)
-    foreign = set().union(*(names for modes, names in OWN.items() if args.mode not in modes))
-    for name in sorted({*was, *now} - FREE_ON_RESUME - foreign):
+    for name in sorted({*was, *now} - FREE_ON_RESUME - {*foreign_flags({args.mode})}):
         if was.get(name) != now.get(name):
             raise UserError(f"--resume: {args.out} was run with --{name} {was.get(name)}, "
                             f"not {now.get(name)}")
@@ -274,14 +269,30 @@ FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overw
                   "lpips_weights", "clip_weights"}
 
 
+def lpips_is_missing(args) -> bool:
+    """Whether demo has to do without LPIPS, which it says in one line."""
+    if args.rewards or args.lpips_weights:      # asked for: the run stops where it cannot be had
+        return False
+    try:
+        LPIPS(args.lpips_net or "squeeze")
+    except UserError as error:
+        print(f"demo goes on with --rewards offline instead of a reward with LPIPS. {error}")
+        return True
+    return False
+
+
 def demo(args):
     """sft, frm, each method of --methods, sft trained on for as long as they took; a table."""
+    offline = lpips_is_missing(args)
     methods = METHODS if "all" in args.methods else args.methods
     root, stages = Path(args.out), ["sft", *([] if args.frm_weights else ["frm"]), *methods]
 
     def stage(mode, name, **changes):
-        return resolve(argparse.Namespace(
+        run = resolve(argparse.Namespace(
             **vars(args) | {"mode": mode, "out": str(root / name), "init": None} | changes))
+        if offline and "lpips" in parse_rewards(run.rewards):
+            run.rewards = "offline"
+        return run
 
     def seconds(name):
         return float(Log(root / name / "metrics.csv").rows[-1]["seconds"])
@@ -303,7 +314,8 @@ def demo(args):
     train(stage("sft", "sft_longer", resume=True, overwrite=False, minutes=extra / 60,
                 steps=100 * runs["sft"].steps))
     ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *methods]]
-    choice, flags = ["--out", str(root / "evaluation"), "--ckpt", *ckpts], vars(runs["sft"])
+    choice = ["--out", str(root / "evaluation"), "--frontier", "--ckpt", *ckpts]
+    flags = vars(runs["sft"])
     for name in ("rewards", "device", "lpips_net", "lpips_weights", "clip_weights", "frm_weights",
                  "data"):
         choice += [f"--{name}", flags[name]] if flags[name] else []

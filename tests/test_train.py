@@ -18,7 +18,7 @@ import settings
 import train
 from data import UserError
 from frm import FaceRewardModel
-from rewards import CompositeReward
+from rewards import OFFLINE, CompositeReward
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "16", "--channels", "8", "--mults", "1,2", "--batch_size", "4",
@@ -32,7 +32,8 @@ def run(mode, out, *more, steps=3):
 
 @pytest.fixture(scope="module", autouse=True)
 def little_work():
-    quick = {"steps": 3, "batch_size": 4, "every": 3, "group": 2, "branch": 2, "faces": 24}
+    quick = {"steps": 3, "batch_size": 4, "every": 3, "group": 2, "faces": 24,
+             "rewards": settings.rewarded(OFFLINE, "face=.1,ssim=.4")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VALIDATION", 8)
         patch.setattr(train, "RESTORED_PAIRS", 8)
@@ -109,33 +110,50 @@ def test_a_face_reward_model_of_another_size_is_refused(runs, tmp_path):
         assert not (tmp_path / mode).exists()
 
 
-# What a method keeps under another name than its flag.
-ATTRIBUTE = {"noise_level_weights": "noise_weights", "refl_last": "last",
-             "frm_update_every": "every"}
-
-
-@pytest.mark.parametrize("mode", ["lrpo", "refl", "darl"])
-def test_every_flag_of_a_method_reaches_it(mode):
+def test_every_flag_of_refl_reaches_it():
     """Each with a value of its own, none of them the default."""
-    given = {"group": 3, "branch": 1, "updates": 5, "clip": 0.7, "adv_std": "batch",
-             "noise_level_weights": "off", "pg_weight": 1.1, "gt_weight": 1.2,
-             "gt_target": "marginal", "gt_last": 4, "blend": "hard", "sft_weight": 1.3,
-             "kl_weight": 1.4, "stepwise": "off", "refl_last": 6, "struct_weight": 1.5,
-             "reg_weight": 1.6, "reg": "weights", "denoise_weight": 1.7, "frm_update_every": 8,
-             "frm_lr": 1.8}
+    given = {"refl_last": 4, "struct_weight": 1.5, "reg_weight": 1.6, "reg": "weights",
+             "denoise_weight": 1.7, "frm_update_every": 8, "frm_lr": 1.8}
+    assert given.keys() == settings.OWN["refl"]
+    method = method_of("refl", given)
+    kept = {"refl_last": "last", "frm_update_every": "every"}
+    for name in given.keys() - {"frm_lr"}:
+        assert getattr(method, kept.get(name, name)) == given[name], name
+    assert method.frm_optimizer.defaults["lr"] == 1.8
+
+
+def method_of(mode, given):
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     args = settings.resolve(settings.parser().parse_args(["--mode", mode, *flags, "--lr", "1.9"]))
     net = train.UNet(train.Config(size=16, channels=8, mults=(1, 2)))
     reward = CompositeReward({"ssim": 0.5, "face": 0.5}, FaceRewardModel().requires_grad_(False))
     method = train.make_method(args, net, train.Diffusion(net.config), reward, torch.Generator())
-    own = set().union(*(names for modes, names in settings.OWN.items() if mode in modes))
-    assert own <= set(given)
-    for name in own - {"frm_lr"}:
-        want = {"off": False}.get(given[name], given[name])
-        assert getattr(method, ATTRIBUTE.get(name, name)) == want, name
     assert method.optimizer.defaults["lr"] == 1.9
-    if mode == "refl":
-        assert method.frm_optimizer.defaults["lr"] == 1.8
+    return method
+
+
+@pytest.mark.parametrize("mode", ["lrpo", "darl"])
+def test_every_setting_has_a_flag_that_reaches_the_method(mode):
+    """Each with a value of its own, none of them the default."""
+    other = {int: 3, float: 0.7, "adv_std": "batch", "noise_level_weights": "off", "blend": "hard",
+             "stepwise": "off", "gt_weight": 1.2, "branch": "off"}
+    own = settings.flags_of(settings.settings_of(mode))
+    given = {name: other.get(name, other.get(f.type)) for name, f in own.items() if name != "lr"}
+    assert all(own[name].default != value for name, value in given.items() if name != "stepwise")
+    method = method_of(mode, given)
+    for name, value in given.items():
+        assert getattr(method.settings, name) == value, name
+
+
+def test_the_papers_recipe_is_the_published_settings_but_for_what_is_given():
+    given = ["--mode", "lrpo", "--recipe", "paper", "--group", "4", "--clip_weights", "CLIP"]
+    args = settings.resolve(settings.parser().parse_args(given))
+    published = dict(ddim_steps=50, eta=1.0, lr=1e-6, adv_std="batch", gt_weight=0.001, gt_last=5,
+                     steps_per_update=1, updates=1, rewards="paper", lpips_net="vgg", bf16="off")
+    assert {name: getattr(args, name) for name in published} == published and args.group == 4
+    net = train.UNet(train.Config(size=16, channels=8, mults=(1, 2)))
+    method = train.make_method(args, net, train.Diffusion(net.config), None, torch.Generator())
+    assert type(method) is train.LRPO and method.settings.gt_last == 5
 
 
 def test_minutes_stop_a_run_early(tmp_path):
@@ -296,7 +314,10 @@ MISTAKES = {
                                   "is a file, or below one"),
     "no reward model to go on from": (["--mode", "frm", "--init", "{sft}", "--frm_weights",
                                        "none.pth"], "none.pth: no such file"),
-    "a branch too long": (["--mode", "lrpo", "--init", "{sft}", "--branch", "3"], "--branch 3"),
+    "a margin where nothing is steered": (["--mode", "lrpo", "--init", "{sft}", "--recipe", "paper",
+                                           "--fidelity_margin", ".1"], "does not steer"),
+    "step-wise rewards with a branch": (["--mode", "darl", "--init", "{sft}", "--stepwise", "on"],
+                                        "needs --branch off"),
     "a group of one": (["--mode", "lrpo", "--init", "{sft}", "--group", "1"], "--group"),
     "another network": (["--mode", "sft", "--resume", "--patch", "1", "--out", "{runs}/sft"],
                         "--patch 2, not 1"),
