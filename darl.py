@@ -25,8 +25,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lrpo import gaussian_kl, setting
-from steered import BranchedLRPO, BranchedSettings
+from lrpo import setting
+from steered import BranchedLRPO, BranchedSettings, gaussian_kl
 
 MEAN_DECAY = 0.95       # ours: a running mean over some twenty rollouts, as the policy improves
 

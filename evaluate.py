@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt runs/sft/last.pt runs/lrpo/last.pt [--data path/to/faces]
 
-Every row restores the same LQ images from the same noise with the same sampler. PSNR and SSIM are
+Every row restores the same LQ images from the same noise, in the K steps that it was trained for. PSNR and SSIM are
 over RGB at the images' own size, data range 1; SSIM is rewards.py's (Wang's window and constants,
 equal to scikit-image's, see the tests). Higher is better in every column but lpips. "±" is the
 standard error over the images of the difference to the first checkpoint's row, image by image.
@@ -110,7 +110,7 @@ def compare(args):
                             f"{size} px; compare checkpoints of one size")
     if len(set(labels)) < len(labels):
         labels = args.ckpt
-    K = args.ddim_steps or saved["ddim_steps"]
+    Ks = [args.ddim_steps or state["args"]["ddim_steps"] for state in states]
     frm = args.frm_weights or paths[0].parent.parent / "frm" / "last.pt"
     reward = build_reward(parse_rewards(args.rewards or saved["rewards"]), device, frm,
                           args.lpips_net, args.lpips_weights, args.clip_weights, size)
@@ -122,23 +122,23 @@ def compare(args):
     if args.quartiles and len(gt) < 4:
         raise UserError(f"--quartiles: needs 4 held-out images or more, not {len(gt)}")
     out = make_folder(args.out)
-    images = [restore(net, lq, K, args.eta, args.seed) for net in nets]
+    images = [restore(net, lq, K, args.eta, args.seed) for net, K in zip(nets, Ks)]
     if args.best_of:
-        images.append(best_of(nets[0], lq, gt, args.best_of, K, args.eta, args.seed, reward))
+        images.append(best_of(nets[0], lq, gt, args.best_of, Ks[0], args.eta, args.seed, reward))
         labels = [*labels, f"{labels[0]}, best of {args.best_of}"]
     rows = {"LQ": measure(lq, gt, reward, lpips)}
     rows |= {label: measure(x, gt, reward, lpips) for label, x in zip(labels, images)}
 
     means = {label: {k: v.mean().item() for k, v in row.items()} for label, row in rows.items()}
     facts = {"ckpt": dict(zip(labels, map(str, args.ckpt))), "data": data or "drawn faces",
-             "images": len(gt), "size": size, "K": K,
+             "images": len(gt), "size": size, "K": dict(zip(labels, Ks)),
              "eta": args.eta, "seed": args.seed, "rewards": reward.weights,
              "psnr, ssim": "RGB, data range 1, nanoLRPO's own; SSIM with Wang's window, no padding"}
     sheet([u[:8] for u in [lq, *images, gt]], scale=max(1, 96 // gt.shape[-1])).save(
         out / "comparison.png")
     formula = " + ".join(f"{w:g} {name}" for name, w in reward.weights.items())
-    print(f"{len(gt)} held-out images ({facts['data']}) of {size} px, K = {K}, eta = {args.eta}, "
-          f"seed {args.seed}; reward = {formula}")
+    print(f"{len(gt)} held-out images ({facts['data']}) of {size} px, K = "
+          f"{', '.join(map(str, Ks))}, eta = {args.eta}, seed {args.seed}; reward = {formula}")
     print(table(rows))
     if args.quartiles:
         easiest_first = (lq - gt).abs().mean(dim=(1, 2, 3)).argsort().cpu()
@@ -217,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
     p.add_argument("--lpips_weights", help="backbone file; with it the table has an LPIPS column")
     p.add_argument("--clip_weights", help="file of CLIP RN50 (default: fetched)")
-    p.add_argument("--ddim_steps", type=positive, help="K (default: as in training)")
+    p.add_argument("--ddim_steps", type=positive, help="K (default: each as it was trained)")
     p.add_argument("--eta", type=share, default=EVAL_ETA, help=f"DDIM noise (default {EVAL_ETA})")
     p.add_argument("--seed", type=whole, default=0, help="of the sampler's noise")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")

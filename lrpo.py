@@ -4,7 +4,7 @@ Paper    LRPO, Likelihood-Regularised Policy Optimisation (Wu et al. 2025, arXiv
          It builds on DDPO (Black et al. 2023, arXiv 2305.13301), PPO (Schulman et al. 2017, arXiv
          1707.06347) and GRPO (Shao et al. 2024, arXiv 2402.03300).
 Policy   Each DDIM step is a Gaussian policy: pi(x_{t-1} | x_t, LQ) = N(mu, sigma^2 I).
-Steps of the algorithm; `LRPO.step` takes them in this order:
+Steps    of the algorithm, in the order of `LRPO.step`:
          1. Restore each LQ image G times, with independent noise.        `LRPO.rollout`
          2. Score the results by the composite reward (strategy 1).       rewards.py
          3. Compare the G results of one image with each other.           `group_advantages`
@@ -14,11 +14,10 @@ Steps of the algorithm; `LRPO.step` takes them in this order:
 Settings `LRPOSettings`, each with the published value; `--recipe paper` uses all of those. Our own
          recipe, the default, is in steered.py.
 Departs  The published code noises the ground truth cumulatively, groups images by caption, divides
-         the noise-level weights by the mean over all K steps, drops samples whose advantage is 0
-         from both losses, and lets the exponent of the likelihood term be positive. Here the
-         ground truth is noised once, a group is one LQ image restored exactly G times, the mean is
-         over the trained steps, every sample counts, and the exponent is at most 0. Its time steps
-         and its noise schedule are those of model.py, not those of DiffBIR.
+         the noise-level weights by the mean over all K steps, drops samples of advantage 0 from
+         both losses, and lets the exponent of the likelihood term be positive. Here the ground
+         truth is noised once, a group is one LQ image, the mean is over the trained steps, every
+         sample counts, and the exponent is at most 0. The noise schedule is that of model.py.
          The last DDIM step has sigma = 0 and so no density: it is sampled but not trained.
 """
 import math
@@ -61,25 +60,18 @@ class LRPOSettings:
 
 
 def default_clip(D: int) -> float:
-    """The clip range for images of D = 3HW values. The ratio is a geometric mean over them, so
-    1.64 / D keeps the published trust region at every size (ours)."""
+    """Clip range for D = 3HW values: the ratio is a geometric mean over D, so that 1.64 / D keeps
+    the published trust region at every size (ours)."""
     return TRUST / D
 
 
 def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
     """log N(x; mu, sigma^2 I), averaged over the D dimensions, in float32: (B, 3, H, W) -> (B,).
 
-    The mean and not the sum (DDPO's code, LRPO's): a sum over thousands of pixels overflows the
-    ratio. sigma must be above 0.
-    """
+    The mean, as in DDPO's and LRPO's code: a sum over D overflows the ratio. sigma is above 0."""
     x, mu, sigma = x.float(), mu.float(), sigma.float()
     log_prob = -((x - mu) / sigma) ** 2 / 2 - torch.log(sigma) - math.log(2 * math.pi) / 2
     return log_prob.mean(dim=(1, 2, 3))
-
-
-def gaussian_kl(mu: Tensor, ref: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2 I) || N(ref, sigma^2 I)), averaged over the D dimensions: (B,)."""
-    return (((mu - ref) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
 
 
 def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
@@ -166,8 +158,8 @@ class LRPO:
         """The noise-level weight of each step, (n,); ones with strategy 3 off."""
         sigma = torch.stack([self.diffusion.sigma(step.t, step.s, self.settings.eta)
                              for step in steps])
-        on = self.settings.noise_level_weights == "on"
-        return noise_level_weights(sigma) if on else torch.ones_like(sigma)
+        off = self.settings.noise_level_weights == "off"
+        return torch.ones_like(sigma) if off else noise_level_weights(sigma)
 
     def assign_advantages(self, steps: list[Step], rewards: Tensor, weights: Tensor):
         """A_{i,t} = clip(A_i w_t), from one reward for each trajectory: rewards (P, G)."""

@@ -13,11 +13,10 @@ from darl import DARLSettings
 from data import UserError
 from evaluate import amount, positive, share, whole
 from lrpo import LRPOSettings
-from rewards import OFFLINE
+from rewards import SETS
 from steered import SteeredSettings
 
 METHODS = ["lrpo", "refl", "darl"]      # what starts from an SFT restorer
-WITH_LPIPS = "lpips=.7,face=.1,dwt=.1,ssim=.1"  # ours, by measurement: docs/results.md
 
 
 def rewarded(composite: str, direct: str) -> dict:
@@ -33,21 +32,21 @@ PRESETS = {
         batch_size=dict(sft=16, frm=32, lrpo=32, refl=16, darl=32),
         lr=dict(sft=1e-3, frm=1e-3, lrpo=3e-4, refl=1e-4, darl=1e-4),
         every=dict(sft=500, frm=50, lrpo=20, refl=60, darl=15),
-        ddim_steps=5, bf16="off", rewards=rewarded(WITH_LPIPS, "face=.1,ssim=.4")),
+        ddim_steps=5, bf16="off", rewards=rewarded("default", "face=.1,ssim=.4")),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
         steps=dict(sft=20_000, frm=200, lrpo=125, refl=100, darl=60),
         batch_size=dict(sft=64, frm=32, lrpo=16, refl=16, darl=16),
         lr=dict(sft=1e-3, frm=1e-3, lrpo=5e-5, refl=5e-5, darl=5e-5),
         every=dict(sft=1000, frm=100, lrpo=25, refl=50, darl=20),
-        ddim_steps=5, bf16="on", rewards=rewarded(WITH_LPIPS, "face=.1,lpips=.5")),
+        ddim_steps=5, bf16="on", rewards=rewarded("default", "face=.1,lpips=.5")),
     "base": dict(       # 128 px, the paper's K and G, one GPU, hours
         size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000,
         steps=dict(sft=200_000, frm=2000, lrpo=1000, refl=3500, darl=1000),
         batch_size=dict(sft=32, frm=32, lrpo=4, refl=4, darl=4),
         lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5, refl=5e-5, darl=3e-5),
         every=dict(sft=5000, frm=500, lrpo=50, refl=500, darl=50),
-        ddim_steps=50, group=9, branch="off", bf16="on", rewards=rewarded(WITH_LPIPS, "face=.1,lpips=.5")),
+        ddim_steps=50, group=9, branch="off", bf16="on", rewards=rewarded("default", "face=.1,lpips=.5")),
 }
 # Ours. A policy gradient is noisy: the average over some 20 rollouts is what improves.
 EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.95, refl=0.99, darl=0.95)
@@ -138,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--channels", type=positive, help="width of the first level")
     flag("--mults", help="width of each level, as multiples: 1,2,4")
     flag("--patch", type=positive, help="pixel-unshuffle before the network: 1 is none")
-    flag("--rewards", help="name=weight,..., or a set: paper, paper-alt, card, offline")
+    flag("--rewards", help=f"name=weight,..., or a set: {', '.join(SETS)}")
     flag("--lpips_net", choices=["squeeze", "alex", "vgg"], help="backbone of LPIPS (squeeze)")
     flag("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")
     flag("--clip_weights", help="file of CLIP RN50 (default: fetched)")

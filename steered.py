@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrpo import LRPO, LRPOSettings, Step, gaussian_kl, gaussian_log_prob, setting
+from lrpo import LRPO, LRPOSettings, Step, gaussian_log_prob, setting
 from model import gaussian
 from rewards import psnr
 
@@ -32,6 +32,7 @@ SMOOTHING = 0.7             # ours: of the measured gap, over some three rollout
 LOG_RANGE = math.log(100)   # ours: the weight stays within a factor of 100 of the first
 GAP_LIMIT = 0.3             # ours: dB; a single rollout cannot push the weight further than this
 GAP_ETA = 0.8               # LRPO's code: eta at inference
+GAP_IMAGES = 16             # ours: .03 dB of noise, for a tenth of a rollout's time
 
 
 @dataclass
@@ -83,6 +84,11 @@ class BranchedLRPO(LRPO):
         return restored, [Step(*self.branch, x, action, log_prob, x0_hat)]
 
 
+def gaussian_kl(mu: Tensor, ref: Tensor, sigma: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2 I) || N(ref, sigma^2 I)), averaged over the D dimensions: (B,)."""
+    return (((mu - ref) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
+
+
 class Multiplier:
     """The weight of the likelihood, as a Lagrange multiplier of "gap >= -margin" (PSNR in dB)."""
 
@@ -118,7 +124,9 @@ class SteeredLRPO(BranchedLRPO):
 
     @torch.no_grad()
     def fidelity_gap(self, lq: Tensor, gt: Tensor) -> float:
-        """Mean PSNR of the policy minus that of the reference policy, in dB, from equal noise."""
+        """Mean PSNR of the policy minus that of the reference policy, in dB, from equal noise, over
+        the first images of a batch (P, 3, H, W)."""
+        lq, gt = lq[:GAP_IMAGES], gt[:GAP_IMAGES]
         noise, scores = self.generator.get_state(), []
         for net in (self.net, self.reference):
             self.generator.set_state(noise)

@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from darl import DARL, DARLSettings, blend_weight, by_quartile
-from lrpo import gaussian_kl
 from model import SFT, Config, Diffusion, UNet
-from steered import BranchedLRPO
+from steered import BranchedLRPO, gaussian_kl
 
 
 def noise(seed, *shape):

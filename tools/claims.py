@@ -1,0 +1,98 @@
+"""What LRPO's paper claims, put to the test: each idea switched off in turn, at equal wall time.
+
+    python -m tools.claims --root runs --minutes 1 --lpips_weights FILE
+
+--root holds one folder a seed, 0, 1, 2, each with the sft and frm runs of that seed
+(`train.py --mode sft --seed S --out ROOT/S/sft`, the same with frm). Every arm is one command:
+`train.py --mode lrpo --init ROOT/S/sft/last.pt`, its flags from `ARMS`, and --minutes. Finished arms
+are not trained again. Writes ROOT/claims.md: the change against SFT, mean and standard deviation
+over the seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier).
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PLAIN = "--branch off --batch_size 8 --lr 1e-4"     # full trajectories cost eight times as much
+PAPER = "--recipe paper --rewards default --lpips_net squeeze --batch_size 8"
+ARMS = {
+    "ours": "",
+    "strategy 1 off: LPIPS alone": "--rewards lpips=1",
+    "strategy 1 off: face alone": "--rewards face=1",
+    "strategy 2 off: policy gradient alone": "--gt_weight 0",
+    "likelihood alone": "--pg_weight 0 --gt_weight 7",
+    "weight fixed at 7": "--gt_weight 7",
+    "full trajectories": PLAIN,
+    "full trajectories, strategy 3 off": f"{PLAIN} --noise_level_weights off",
+    "the paper's recipe": PAPER,
+    "the paper's recipe, K = 5, lr 1e-4": f"{PAPER} --ddim_steps 5 --lr 1e-4",
+    "G = 2": "--group 2 --batch_size 128",
+    "G = 4": "--group 4 --batch_size 64",
+    "G = 16": "--group 16 --batch_size 16",
+    "standard deviation of the batch": "--adv_std batch",
+    "K = 3": "--ddim_steps 3",
+    "K = 10": "--ddim_steps 10",
+}
+COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "reward": "reward",
+           "r_face": "face"}
+
+
+def folder(arm: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in arm)
+
+
+def call(*command):
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+
+
+def run_seed(root: Path, seed: int, minutes: float, weights: list[str]):
+    """Train every arm of a seed that has not been trained, and measure all of them at once."""
+    home = root / str(seed)
+    for arm, flags in ARMS.items():
+        out = home / folder(arm)
+        if not (out / "last.pt").exists():
+            call("train.py", "--mode", "lrpo", "--seed", seed, "--out", out, "--steps", 100_000,
+                 "--minutes", minutes, "--every", 100_000, *flags.split(), *weights)
+    ckpts = [home / name / "last.pt" for name in ("sft", *map(folder, ARMS))]
+    call("evaluate.py", "--frontier", "--best_of", 8, "--out", home / "claims", "--rewards",
+         "default", *weights, "--ckpt", *ckpts)
+
+
+def table(root: Path, seeds: list[int]) -> str:
+    """The markdown table over the seeds' metrics.json."""
+    found = [json.loads((root / str(seed) / "claims" / "metrics.json").read_text())
+             for seed in seeds]
+    lines = ["| arm | " + " | ".join([*COLUMNS.values(), "beyond"]) + " |",
+             "|---" * (len(COLUMNS) + 2) + "|"]
+    names = {folder(arm): arm for arm in ARMS} | {"sft, best of 8": "SFT, best of 8 by reward"}
+    for name, arm in names.items():
+        cells = []
+        for column in COLUMNS:
+            cells.append([f["rows"][name][column] - f["rows"]["sft"][column] for f in found])
+        cells.append([f["beyond"]["lpips"][name][0] for f in found])
+        lines.append(f"| {arm} | " + " | ".join(
+            f"{statistics.mean(c):+.4f} ±{statistics.stdev(c) if len(c) > 1 else 0:.4f}"
+            for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    p = argparse.ArgumentParser(description="LRPO's ideas switched off in turn, over seeds.")
+    p.add_argument("--root", type=Path, default=Path("runs"), help="one folder a seed (runs)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--minutes", type=float, default=1.0, help="of training for each arm (1)")
+    p.add_argument("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")
+    args = p.parse_args()
+    weights = ["--lpips_weights", args.lpips_weights] if args.lpips_weights else []
+    for seed in args.seeds:
+        run_seed(args.root.resolve(), seed, args.minutes, weights)
+    text = table(args.root, args.seeds)
+    (args.root / "claims.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
