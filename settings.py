@@ -28,17 +28,17 @@ def rewarded(composite: str, direct: str) -> dict:
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
         size=32, channels=32, mults="1,2,4", patch=2, faces=4096,
-        steps=dict(sft=4500, frm=200, lrpo=100, refl=240, darl=45),
+        steps=dict(sft=4500, frm=200, lrpo=80, refl=240, darl=45),
         batch_size=dict(sft=16, frm=32, lrpo=32, refl=16, darl=32),
         lr=dict(sft=1e-3, frm=1e-3, lrpo=3e-4, refl=1e-4, darl=1e-4),
         every=dict(sft=500, frm=50, lrpo=20, refl=60, darl=15),
         ddim_steps=5, bf16="off", rewards=rewarded("default", "face=.1,ssim=.4")),
     "small": dict(      # 64 px, a folder of faces, one GPU, minutes
         size=64, channels=64, mults="1,2,4", patch=2, faces=20_000,
-        steps=dict(sft=20_000, frm=200, lrpo=125, refl=100, darl=60),
+        steps=dict(sft=20_000, frm=200, lrpo=80, refl=100, darl=60),
         batch_size=dict(sft=64, frm=32, lrpo=16, refl=16, darl=16),
-        lr=dict(sft=1e-3, frm=1e-3, lrpo=5e-5, refl=5e-5, darl=5e-5),
-        every=dict(sft=1000, frm=100, lrpo=25, refl=50, darl=20),
+        lr=dict(sft=1e-3, frm=1e-3, lrpo=2e-4, refl=5e-5, darl=1e-4),
+        every=dict(sft=1000, frm=100, lrpo=20, refl=50, darl=20),
         ddim_steps=5, bf16="on", rewards=rewarded("default", "face=.1,lpips=.5")),
     "base": dict(       # 128 px, the paper's K and G, one GPU, hours
         size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000,

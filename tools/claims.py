@@ -6,14 +6,19 @@
 (`train.py --mode sft --seed S --out ROOT/S/sft`, the same with frm). Every arm is one command:
 `train.py --mode lrpo --init ROOT/S/sft/last.pt`, its flags from `ARMS`, and --minutes. Finished arms
 are not trained again. Writes ROOT/claims.md: the change against SFT, mean and standard deviation
-over the seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier).
+over the seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier); and
+ROOT/claims.png: reward against PSNR over training for the arms of `DRAWN`.
 """
 import argparse
+import csv
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 PLAIN = "--branch off --batch_size 8 --lr 1e-4"     # full trajectories cost eight times as much
@@ -36,6 +41,8 @@ ARMS = {
     "K = 3": "--ddim_steps 3",
     "K = 10": "--ddim_steps 10",
 }
+LONGER = "SFT trained on"       # the baseline: supervised training for the same time
+DRAWN = {"strategy 2 off: policy gradient alone": "C3", "likelihood alone": "C0", "ours": "C2"}
 COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "reward": "reward",
            "r_face": "face"}
 
@@ -55,8 +62,13 @@ def run_seed(root: Path, seed: int, minutes: float, weights: list[str]):
         out = home / folder(arm)
         if not (out / "last.pt").exists():
             call("train.py", "--mode", "lrpo", "--seed", seed, "--out", out, "--steps", 100_000,
-                 "--minutes", minutes, "--every", 100_000, *flags.split(), *weights)
-    ckpts = [home / name / "last.pt" for name in ("sft", *map(folder, ARMS))]
+                 "--minutes", minutes, "--every", 5, *flags.split(), *weights)
+    longer = home / folder(LONGER)
+    if not longer.exists():
+        shutil.copytree(home / "sft", longer)
+        call("train.py", "--mode", "sft", "--seed", seed, "--out", longer, "--resume", "--steps",
+             100_000, "--minutes", minutes)
+    ckpts = [home / name / "last.pt" for name in ("sft", *map(folder, [LONGER, *ARMS]))]
     call("evaluate.py", "--frontier", "--best_of", 8, "--out", home / "claims", "--rewards",
          "default", *weights, "--ckpt", *ckpts)
 
@@ -67,7 +79,7 @@ def table(root: Path, seeds: list[int]) -> str:
              for seed in seeds]
     lines = ["| arm | " + " | ".join([*COLUMNS.values(), "beyond"]) + " |",
              "|---" * (len(COLUMNS) + 2) + "|"]
-    names = {folder(arm): arm for arm in ARMS} | {"sft, best of 8": "SFT, best of 8 by reward"}
+    names = {folder(arm): arm for arm in [LONGER, *ARMS]} | {"sft, best of 8": "SFT, best of 8 by reward"}
     for name, arm in names.items():
         cells = []
         for column in COLUMNS:
@@ -77,6 +89,28 @@ def table(root: Path, seeds: list[int]) -> str:
             f"{statistics.mean(c):+.4f} ±{statistics.stdev(c) if len(c) > 1 else 0:.4f}"
             for c in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def curves(root: Path, seeds: list[int]):
+    """Held-out reward against PSNR, change from SFT, a line a seed, and SFT trained on as points."""
+    fig = Figure(figsize=(6, 4.5))
+    ax = fig.subplots()
+    for seed in seeds:
+        for arm, color in DRAWN.items():
+            with open(root / str(seed) / folder(arm) / "metrics.csv", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["heldout_psnr"]]
+            x, y = ([float(row[k]) - float(rows[0][k]) for row in rows]
+                    for k in ("heldout_psnr", "heldout_reward"))
+            ax.plot(x, y, ".-", color=color, ms=4, lw=1, label=arm if seed == seeds[0] else None)
+        rows = json.loads((root / str(seed) / "claims" / "metrics.json").read_text())["rows"]
+        x, y = (rows[folder(LONGER)][k] - rows["sft"][k] for k in ("psnr", "reward"))
+        ax.plot(x, y, "ks", label=LONGER if seed == seeds[0] else None)
+    ax.axvline(0, color=".8", lw=.8, zorder=0)
+    ax.axhline(0, color=".8", lw=.8, zorder=0)
+    ax.set(xlabel="change of held-out PSNR, dB", ylabel="change of held-out reward")
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(root / "claims.png", dpi=90)
 
 
 def main():
@@ -91,6 +125,7 @@ def main():
         run_seed(args.root.resolve(), seed, args.minutes, weights)
     text = table(args.root, args.seeds)
     (args.root / "claims.md").write_text(text)
+    curves(args.root, args.seeds)
     print(text)
 
 
