@@ -274,11 +274,12 @@ FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overw
 
 
 def lpips_is_missing(args) -> bool:
-    """Whether demo has to do without LPIPS, which it says in one line."""
-    if args.rewards or args.lpips_weights:      # asked for: the run stops where it cannot be had
-        return False
+    """Whether demo, which wants LPIPS by default, has to do without it; it says so in one line."""
+    wanted = resolve(argparse.Namespace(**vars(args) | {"mode": "lrpo"}))
+    if args.rewards or args.lpips_weights or "lpips" not in parse_rewards(wanted.rewards):
+        return False        # what is asked for by a flag stops the run where it cannot be had
     try:
-        LPIPS(args.lpips_net or "squeeze")
+        LPIPS(wanted.lpips_net)
     except UserError as error:
         print(f"demo goes on with --rewards offline instead of a reward with LPIPS. {error}")
         return True

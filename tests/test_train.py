@@ -179,7 +179,7 @@ def test_evaluate_and_sample(runs, tmp_path, capsys):
     ckpts = [str(runs / m / "last.pt") for m in ("sft", "lrpo")]
     evaluate.compare(evaluate.parser().parse_args(
         ["--ckpt", *ckpts, "--n", "6", "--out", str(tmp_path / "e"), "--device", "cpu",
-         "--rewards", "ssim=.4,dwt=.3,face=.3", "--quartiles"]))
+         "--rewards", "ssim=.4,dwt=.3,face=.3", "--quartiles", "--best_of", "2"]))
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:5]] == ["LQ", "sft", "lrpo"]
     psnr = [[float(line.split("|")[2].split()[0]) for line in table if line.startswith(f"| {row} ")]
@@ -192,7 +192,9 @@ def test_evaluate_and_sample(runs, tmp_path, capsys):
     row = figures["rows"]["lrpo"]
     want = sum(w * row[f"r_{name}"] for name, w in figures["rewards"].items())
     assert row["reward"] == pytest.approx(want, rel=1e-5) and figures["images"] == 6
-    assert Image.open(tmp_path / "e" / "comparison.png").size == (4 * 96, 6 * 96)
+    best = figures["rows"]["sft, best of 2"]
+    assert best["reward"] > figures["rows"]["sft"]["reward"]    # of two, one is the row's own
+    assert Image.open(tmp_path / "e" / "comparison.png").size == (5 * 96, 6 * 96)
 
     (tmp_path / "file").touch()
     for flags, message in ((["--out", str(tmp_path / "file")], "not a folder to write to"),
@@ -260,13 +262,24 @@ def test_labels_of_an_svm_and_of_a_person(runs, tmp_path, capsys, monkeypatch):
     assert "accuracy_labelled" not in (runs / "frm" / "metrics.csv").read_text()
 
 
-def test_demo_runs_the_whole_story(tmp_path, capsys, monkeypatch):
+def test_demo_runs_the_whole_story_and_says_that_it_does_without_lpips(tmp_path, capsys,
+                                                                       monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    wanted = settings.rewarded("default", "face=.1,ssim=.4")
+    monkeypatch.setitem(settings.PRESETS, "tiny", settings.PRESETS["tiny"] | {"rewards": wanted})
     train.main(["--mode", "demo", "--steps", "2", *SMALL, "--methods", "all"])
     out = capsys.readouterr().out
     assert all(f"| {row} |" in out for row in ("LQ", "sft", "sft_longer", "lrpo", "refl", "darl"))
     assert (tmp_path / "runs" / "darl" / "blend.png").exists()
-    assert (tmp_path / "runs" / "evaluation" / "comparison.png").exists()
+    for name in ("comparison.png", "frontier.png"):
+        assert (tmp_path / "runs" / "evaluation" / name).exists()
+    assert "goes on with --rewards offline" in out and "--lpips_weights FILE" in out
+    assert "lrpo lies" in out and "'s frontier" in out
+    kept = [json.loads((tmp_path / "runs" / mode / "args.json").read_text())["rewards"]
+            for mode in ("lrpo", "refl")]
+    assert kept == ["offline", "face=.1,ssim=.4"]
 
 
 def no_network(*args, **kwargs):
