@@ -1,13 +1,13 @@
-"""What LRPO's paper claims, put to the test: each idea switched off in turn, at equal wall time.
+"""What LRPO's and DARL's papers claim, put to the test: ideas switched off in turn, in equal time.
 
-    python -m tools.claims --root runs --minutes 1 --lpips_weights FILE
+    python -m tools.claims lrpo --root runs --minutes 1 --lpips_weights FILE
 
 --root holds one folder a seed, 0, 1, 2, each with the sft and frm runs of that seed
 (`train.py --mode sft --seed S --out ROOT/S/sft`, the same with frm). Every arm is one command:
-`train.py --mode lrpo --init ROOT/S/sft/last.pt`, its flags from `ARMS`, and --minutes. Finished arms
-are not trained again. Writes ROOT/claims.md: the change against SFT, mean and standard deviation
-over the seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier); and
-ROOT/claims.png: reward against PSNR over training for the arms of `DRAWN`.
+`train.py --mode lrpo --out ROOT/S/ARM`, its flags from `ARMS`, and --minutes. Finished arms are not
+trained again. Writes ROOT/lrpo.md: the change against SFT, mean and standard deviation over the
+seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier); and ROOT/lrpo.png:
+reward against PSNR over training for the arms of `DRAWN`.
 """
 import argparse
 import csv
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 PLAIN = "--branch off --batch_size 8 --lr 1e-4"     # full trajectories cost eight times as much
 PAPER = "--recipe paper --rewards default --lpips_net squeeze --batch_size 8"
-ARMS = {
+LRPO = {
     "ours": "",
     "strategy 1 off: LPIPS alone": "--rewards lpips=1",
     "strategy 1 off: face alone": "--rewards face=1",
@@ -41,6 +41,16 @@ ARMS = {
     "K = 3": "--ddim_steps 3",
     "K = 10": "--ddim_steps 10",
 }
+DARL = {
+    "adaptive": "",
+    "half RL for all": "--blend .5",
+    "RL on the hard": "--blend hard",
+    "RL on the easy": "--blend easy",
+    "RL alone": "--blend 1",
+    "reward with ground truth": "--rewards ssim=.3,dwt=.7",
+    "KL": "--kl_weight .1",
+}
+ARMS = {"lrpo": LRPO, "darl": DARL}
 LONGER = "SFT trained on"       # the baseline: supervised training for the same time
 DRAWN = {"strategy 2 off: policy gradient alone": "C3", "likelihood alone": "C0", "ours": "C2"}
 COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "reward": "reward",
@@ -55,31 +65,31 @@ def call(*command):
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
 
 
-def run_seed(root: Path, seed: int, minutes: float, weights: list[str]):
+def run_seed(root: Path, mode: str, seed: int, minutes: float, weights: list[str]):
     """Train every arm of a seed that has not been trained, and measure all of them at once."""
     home = root / str(seed)
-    for arm, flags in ARMS.items():
+    for arm, flags in ARMS[mode].items():
         out = home / folder(arm)
         if not (out / "last.pt").exists():
-            call("train.py", "--mode", "lrpo", "--seed", seed, "--out", out, "--steps", 100_000,
+            call("train.py", "--mode", mode, "--seed", seed, "--out", out, "--steps", 100_000,
                  "--minutes", minutes, "--every", 5, *flags.split(), *weights)
     longer = home / folder(LONGER)
     if not longer.exists():
         shutil.copytree(home / "sft", longer)
         call("train.py", "--mode", "sft", "--seed", seed, "--out", longer, "--resume", "--steps",
              100_000, "--minutes", minutes)
-    ckpts = [home / name / "last.pt" for name in ("sft", *map(folder, [LONGER, *ARMS]))]
-    call("evaluate.py", "--frontier", "--best_of", 8, "--out", home / "claims", "--rewards",
+    ckpts = [home / name / "last.pt" for name in ("sft", *map(folder, [LONGER, *ARMS[mode]]))]
+    call("evaluate.py", "--frontier", "--best_of", 8, "--out", home / f"claims_{mode}", "--rewards",
          "default", *weights, "--ckpt", *ckpts)
 
 
-def table(root: Path, seeds: list[int]) -> str:
+def table(root: Path, mode: str, seeds: list[int]) -> str:
     """The markdown table over the seeds' metrics.json."""
-    found = [json.loads((root / str(seed) / "claims" / "metrics.json").read_text())
+    found = [json.loads((root / str(seed) / f"claims_{mode}" / "metrics.json").read_text())
              for seed in seeds]
     lines = ["| arm | " + " | ".join([*COLUMNS.values(), "beyond"]) + " |",
              "|---" * (len(COLUMNS) + 2) + "|"]
-    names = {folder(arm): arm for arm in [LONGER, *ARMS]} | {"sft, best of 8": "SFT, best of 8 by reward"}
+    names = {folder(arm): arm for arm in [LONGER, *ARMS[mode]]} | {"sft, best of 8": "SFT, best of 8 by reward"}
     for name, arm in names.items():
         cells = []
         for column in COLUMNS:
@@ -102,7 +112,7 @@ def curves(root: Path, seeds: list[int]):
             x, y = ([float(row[k]) - float(rows[0][k]) for row in rows]
                     for k in ("heldout_psnr", "heldout_reward"))
             ax.plot(x, y, ".-", color=color, ms=4, lw=1, label=arm if seed == seeds[0] else None)
-        rows = json.loads((root / str(seed) / "claims" / "metrics.json").read_text())["rows"]
+        rows = json.loads((root / str(seed) / "claims_lrpo" / "metrics.json").read_text())["rows"]
         x, y = (rows[folder(LONGER)][k] - rows["sft"][k] for k in ("psnr", "reward"))
         ax.plot(x, y, "ks", label=LONGER if seed == seeds[0] else None)
     ax.axvline(0, color=".8", lw=.8, zorder=0)
@@ -110,11 +120,12 @@ def curves(root: Path, seeds: list[int]):
     ax.set(xlabel="change of held-out PSNR, dB", ylabel="change of held-out reward")
     ax.legend(fontsize=8)
     fig.tight_layout()
-    fig.savefig(root / "claims.png", dpi=90)
+    fig.savefig(root / "lrpo.png", dpi=90)
 
 
 def main():
-    p = argparse.ArgumentParser(description="LRPO's ideas switched off in turn, over seeds.")
+    p = argparse.ArgumentParser(description="A method's ideas switched off in turn, over seeds.")
+    p.add_argument("mode", choices=list(ARMS))
     p.add_argument("--root", type=Path, default=Path("runs"), help="one folder a seed (runs)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--minutes", type=float, default=1.0, help="of training for each arm (1)")
@@ -122,10 +133,11 @@ def main():
     args = p.parse_args()
     weights = ["--lpips_weights", args.lpips_weights] if args.lpips_weights else []
     for seed in args.seeds:
-        run_seed(args.root.resolve(), seed, args.minutes, weights)
-    text = table(args.root, args.seeds)
-    (args.root / "claims.md").write_text(text)
-    curves(args.root, args.seeds)
+        run_seed(args.root.resolve(), args.mode, seed, args.minutes, weights)
+    text = table(args.root, args.mode, args.seeds)
+    (args.root / f"{args.mode}.md").write_text(text)
+    if args.mode == "lrpo":
+        curves(args.root, args.seeds)
     print(text)
 
 
