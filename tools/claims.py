@@ -7,7 +7,8 @@
 `train.py --mode lrpo --out ROOT/S/ARM`, its flags from `ARMS`, and --minutes. Finished arms are not
 trained again. Writes ROOT/lrpo.md: the change against SFT, mean and standard deviation over the
 seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier); and ROOT/lrpo.png:
-reward against PSNR over training for the arms of `DRAWN`.
+reward against PSNR over training for the arms of `DRAWN`. `darl` does the same for DARL, and `long`
+for a long run at margin 0 and a run at margin .5.
 """
 import argparse
 import csv
@@ -40,6 +41,8 @@ LRPO = {
     "standard deviation of the batch": "--adv_std batch",
     "K = 3": "--ddim_steps 3",
     "K = 10": "--ddim_steps 10",
+    "supervised loss instead of likelihood": "--mode darl --rewards default --blend .5 --sft_weight 2"
+    " --lr 3e-4",
 }
 DARL = {
     "adaptive": "",
@@ -50,7 +53,9 @@ DARL = {
     "reward with ground truth": "--rewards ssim=.3,dwt=.7",
     "KL": "--kl_weight .1",
 }
-ARMS = {"lrpo": LRPO, "darl": DARL}
+LONG = {"four times the rollouts": "--mode lrpo --fidelity_margin 0 --steps 320 --every 20 --minutes 600",
+        "half the steps": "--mode lrpo --fidelity_margin .5 --steps 80 --every 20 --minutes 600"}
+ARMS = {"lrpo": LRPO, "darl": DARL, "long": LONG}     # of two equal flags the last one counts
 LONGER = "SFT trained on"       # the baseline: supervised training for the same time
 DRAWN = {"strategy 2 off: policy gradient alone": "C3", "likelihood alone": "C0", "ours": "C2"}
 COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "reward": "reward",
@@ -123,6 +128,23 @@ def curves(root: Path, seeds: list[int]):
     fig.savefig(root / "lrpo.png", dpi=90)
 
 
+def over_time(root: Path, seeds: list[int], arm: str):
+    """Held-out reward, LPIPS and PSNR of one arm against the rollout, a line a seed."""
+    names = {"heldout_reward": "reward", "heldout_r_lpips": "1 - LPIPS", "heldout_psnr": "PSNR, dB"}
+    fig = Figure(figsize=(11, 3))
+    for ax, (column, name) in zip(fig.subplots(1, 3), names.items()):
+        for seed in seeds:
+            with open(root / str(seed) / folder(arm) / "metrics.csv", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["heldout_psnr"]]
+            change = [float(row[column]) - float(rows[0][column]) for row in rows]
+            ax.plot([int(row["step"]) for row in rows], change, ".-", label=f"seed {seed}")
+        ax.axhline(0, color=".8", lw=.8, zorder=0)
+        ax.set(xlabel="rollout", title=f"change of held-out {name}")
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(root / "long.png", dpi=80)
+
+
 def main():
     p = argparse.ArgumentParser(description="A method's ideas switched off in turn, over seeds.")
     p.add_argument("mode", choices=list(ARMS))
@@ -138,6 +160,8 @@ def main():
     (args.root / f"{args.mode}.md").write_text(text)
     if args.mode == "lrpo":
         curves(args.root, args.seeds)
+    if args.mode == "long":
+        over_time(args.root, args.seeds, next(iter(LONG)))
     print(text)
 
 
