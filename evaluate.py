@@ -2,9 +2,9 @@
 
     python evaluate.py --ckpt runs/sft/last.pt runs/lrpo/last.pt [--data path/to/faces]
 
-Every row restores the same LQ images from the same noise, in the K steps that it was trained for. PSNR and SSIM are
-over RGB at the images' own size, data range 1; SSIM is rewards.py's (Wang's window and constants,
-equal to scikit-image's, see the tests). Higher is better in every column but lpips. "±" is the
+Every row restores the same LQ images from the same noise, in the K steps that it was trained for.
+PSNR and SSIM are over RGB at the images' own size, data range 1; SSIM is rewards.py's (Wang's window
+and constants, equal to scikit-image's, see the tests). Higher is better in every column but lpips. "±" is the
 standard error over the images of the difference to the first checkpoint's row, image by image.
 """
 import argparse
@@ -156,8 +156,8 @@ def compare(args):
         draw_frontier(out / "frontier.png", {l: rows[l] for l in labels}, points, names, labels[0])
         facts |= {"sampler": {f"K={K}, eta={eta:g}": {k: v.mean().item() for k, v in row.items()}
                               for (K, eta), row in points.items()}, "beyond": {}}
-        print(f"\nthe first checkpoint's own sampler, eta = {args.eta:g}, and the other rows against "
-              "its frontier:")
+        print(f"\nThe first checkpoint with eta = {args.eta:g} and other K, and the other rows "
+              "against its frontier:")
         print(table({"LQ": rows["LQ"]} | {f"K = {K}": points[K, args.eta] for K in FRONTIER_STEPS}))
         for name in names:
             places = frontier({l: rows[l] for l in labels[1:]}, points, name)

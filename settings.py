@@ -46,7 +46,8 @@ PRESETS = {
         batch_size=dict(sft=32, frm=32, lrpo=4, refl=4, darl=4),
         lr=dict(sft=3e-4, frm=1e-3, lrpo=3e-5, refl=5e-5, darl=3e-5),
         every=dict(sft=5000, frm=500, lrpo=50, refl=500, darl=50),
-        ddim_steps=50, group=9, branch="off", bf16="on", rewards=rewarded("default", "face=.1,lpips=.5")),
+        ddim_steps=50, group=9, branch="off", bf16="on",
+        rewards=rewarded("default", "face=.1,lpips=.5")),
 }
 # Ours. A policy gradient is noisy: the average over some 20 rollouts is what improves.
 EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.95, refl=0.99, darl=0.95)
@@ -57,7 +58,9 @@ PAPER_RECIPE = dict(rewards="paper", lpips_net="vgg", bf16="off")   # beside LRP
 
 def settings_of(mode: str, recipe: str = "ours"):
     """The settings dataclass of lrpo or darl."""
-    return DARLSettings if mode == "darl" else LRPOSettings if recipe == "paper" else SteeredSettings
+    if mode == "darl":
+        return DARLSettings
+    return LRPOSettings if recipe == "paper" else SteeredSettings
 
 
 def flags_of(dataclass) -> dict:

@@ -41,8 +41,7 @@ LRPO = {
     "standard deviation of the batch": "--adv_std batch",
     "K = 3": "--ddim_steps 3",
     "K = 10": "--ddim_steps 10",
-    "supervised loss instead of likelihood": "--mode darl --rewards default --blend .5 --sft_weight 2"
-    " --lr 3e-4",
+    "supervised loss instead": "--mode darl --rewards default --blend .5 --sft_weight 2 --lr 3e-4",
 }
 DARL = {
     "adaptive": "",
@@ -53,8 +52,8 @@ DARL = {
     "reward with ground truth": "--rewards ssim=.3,dwt=.7",
     "KL": "--kl_weight .1",
 }
-LONG = {"four times the rollouts": "--mode lrpo --fidelity_margin 0 --steps 320 --every 20 --minutes 600",
-        "half the steps": "--mode lrpo --fidelity_margin .5 --steps 80 --every 20 --minutes 600"}
+LONG = {"four times the rollouts": "--fidelity_margin 0 --steps 320 --every 20 --minutes 600",
+        "half the steps": "--fidelity_margin .5 --steps 80 --every 20 --minutes 600"}
 ARMS = {"lrpo": LRPO, "darl": DARL, "long": LONG}     # of two equal flags the last one counts
 LONGER = "SFT trained on"       # the baseline: supervised training for the same time
 DRAWN = {"strategy 2 off: policy gradient alone": "C3", "likelihood alone": "C0", "ours": "C2"}
@@ -76,7 +75,7 @@ def run_seed(root: Path, mode: str, seed: int, minutes: float, weights: list[str
     for arm, flags in ARMS[mode].items():
         out = home / folder(arm)
         if not (out / "last.pt").exists():
-            call("train.py", "--mode", mode, "--seed", seed, "--out", out, "--steps", 100_000,
+            call("train.py", "--mode", "darl" if mode == "darl" else "lrpo", "--seed", seed, "--out", out, "--steps", 100_000,
                  "--minutes", minutes, "--every", 5, *flags.split(), *weights)
     longer = home / folder(LONGER)
     if not longer.exists():
@@ -94,7 +93,8 @@ def table(root: Path, mode: str, seeds: list[int]) -> str:
              for seed in seeds]
     lines = ["| arm | " + " | ".join([*COLUMNS.values(), "beyond"]) + " |",
              "|---" * (len(COLUMNS) + 2) + "|"]
-    names = {folder(arm): arm for arm in [LONGER, *ARMS[mode]]} | {"sft, best of 8": "SFT, best of 8 by reward"}
+    names = {folder(arm): arm for arm in [LONGER, *ARMS[mode]]}
+    names["sft, best of 8"] = "SFT, best of 8 by reward"
     for name, arm in names.items():
         cells = []
         for column in COLUMNS:
