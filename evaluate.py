@@ -3,9 +3,9 @@
     python evaluate.py --ckpt runs/sft/last.pt runs/lrpo/last.pt [--data path/to/faces]
 
 Every row restores the same LQ images from the same noise, in the K steps that it was trained for.
-PSNR and SSIM are over RGB at the images' own size, data range 1; SSIM is rewards.py's (Wang's window
-and constants, equal to scikit-image's, see the tests). Higher is better in every column but lpips. "±" is the
-standard error over the images of the difference to the first checkpoint's row, image by image.
+PSNR and SSIM are over RGB at the images' own size, data range 1; SSIM is rewards.py's (Wang's
+window and constants, equal to scikit-image's, see the tests). Higher is better in every column but
+lpips. "±" is the standard error over the images of the difference to the second row of the table.
 """
 import argparse
 import csv

@@ -82,7 +82,7 @@ def verdict(label: str, name: str, distance: float, error: float) -> str:
 
 
 def draw_frontier(path, rows: dict, points: dict, names: list[str], first: str):
-    """A panel for each measure against PSNR: the samplers of the first checkpoint as a curve for each
+    """A panel for each measure against PSNR: the samplers of the first checkpoint, a curve for each
     eta, their frontier, and every row with the standard error of its difference from the first."""
     fig = Figure(figsize=(6.5 * len(names), 5))
     for ax, name in zip(fig.subplots(1, len(names), squeeze=False)[0], names):

@@ -4,8 +4,8 @@
               is trained. What differs between the rewards of a group is then that step's doing,
               and one network call serves the G states that are equal. (Flow-GRPO-Fast and MixGRPO
               branch too.)                                      `BranchedLRPO.rollout`, `policy`
-2. Posterior  The paper evaluates the likelihood of x_gt noised by fresh noise, which lies on another
-              trajectory than x_t does. Ours is the expectation over DDPM's posterior
+2. Posterior  The paper evaluates the likelihood of x_gt noised by fresh noise, which lies on
+              another trajectory than x_t does. Ours is the expectation over DDPM's posterior
               q(x_{t-1} | x_t, x_gt), the step that the policy would take if it knew x_gt; in closed
               form it is a weighted |x0_hat - x_gt|^2 at the states that the policy visits.
                                                                 `SteeredLRPO.gt_log_prob`
@@ -117,7 +117,7 @@ class SteeredLRPO(BranchedLRPO):
         self.multiplier = Multiplier(settings.fidelity_margin)
 
     def gt_log_prob(self, step: Step, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-        """E log pi(x | x_t, LQ) over q(x | x_t, x_gt), but for the entropy of q: (B,), at most 0."""
+        """E log pi(x | x_t, LQ) over q(x | x_t, x_gt), without the entropy of q: (B,), at most 0."""
         eps = self.diffusion.eps_of(step.x, gt, step.t)
         mu_gt = self.diffusion.ddim_mean(gt, eps, step.t, step.s, self.settings.eta)
         return -gaussian_kl(mu_gt, mu, sigma)

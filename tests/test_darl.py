@@ -86,7 +86,8 @@ def test_difficulty_and_its_running_mean():
     assert stats["difficulty"] == pytest.approx(d.mean().item())
     assert stats["lambda_q1"] < stats["lambda_q4"]
     halves = lambda a, b: torch.full((len(a),), 0.75)
-    assert torch.equal(make(lpips=halves).difficulty(seen[-1], BATCH[1][ROWS]), torch.full((4,), .25))
+    assert torch.equal(make(lpips=halves).difficulty(seen[-1], BATCH[1][ROWS]),
+                       torch.full((4,), 0.25))
 
 
 def test_each_image_is_blended_by_its_own_lambda():

@@ -44,7 +44,8 @@ def test_the_error_is_that_of_the_vertical_distance():
     samplers, found = plane((24.0, .90), (23.0, .96), n=400), []
     for seed in range(200):
         noise = torch.randn(400, 2, generator=torch.Generator().manual_seed(seed))
-        found.append(beyond(plane((23.4, .95), n=400)[0] + noise * torch.tensor([.3, .02]), samplers))
+        method = plane((23.4, .95), n=400)[0] + noise * torch.tensor([.3, .02])
+        found.append(beyond(method, samplers))
     distances, errors = torch.tensor(found).T
     assert distances.std().item() == pytest.approx(errors.mean().item(), rel=.2)
     assert distances.mean().item() == pytest.approx(.95 - .936, abs=5 * errors.mean().item() / 14)

@@ -100,8 +100,10 @@ def test_the_fidelity_gap_is_a_difference_of_psnr_under_equal_noise():
             p += 0.02 * noise(p.numel(), *p.shape)
     method.generator.manual_seed(7)
     gap = method.fidelity_gap(*BATCH)
-    want = [psnr(method.diffusion.sample(net, BATCH[0], 4, GAP_ETA, torch.Generator().manual_seed(7)),
-                 BATCH[1]).mean().item() for net in (method.net, method.reference)]
+    restored = [method.diffusion.sample(net, BATCH[0], 4, GAP_ETA,
+                                        torch.Generator().manual_seed(7))
+                for net in (method.net, method.reference)]
+    want = [psnr(x, BATCH[1]).mean().item() for x in restored]
     assert gap == pytest.approx(want[0] - want[1], abs=1e-4) and gap != 0
 
 

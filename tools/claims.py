@@ -75,8 +75,9 @@ def run_seed(root: Path, mode: str, seed: int, minutes: float, weights: list[str
     for arm, flags in ARMS[mode].items():
         out = home / folder(arm)
         if not (out / "last.pt").exists():
-            call("train.py", "--mode", "darl" if mode == "darl" else "lrpo", "--seed", seed, "--out", out, "--steps", 100_000,
-                 "--minutes", minutes, "--every", 5, *flags.split(), *weights)
+            call("train.py", "--mode", "darl" if mode == "darl" else "lrpo", "--seed", seed,
+                 "--out", out, "--steps", 100_000, "--minutes", minutes, "--every", 5,
+                 *flags.split(), *weights)
     longer = home / folder(LONGER)
     if not longer.exists():
         shutil.copytree(home / "sft", longer)
@@ -107,7 +108,7 @@ def table(root: Path, mode: str, seeds: list[int]) -> str:
 
 
 def curves(root: Path, seeds: list[int]):
-    """Held-out reward against PSNR, change from SFT, a line a seed, and SFT trained on as points."""
+    """Held-out reward against PSNR, change from SFT: a line a seed, SFT trained on as points."""
     fig = Figure(figsize=(6, 4.5))
     ax = fig.subplots()
     for seed in seeds:
