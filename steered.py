@@ -117,7 +117,7 @@ class SteeredLRPO(BranchedLRPO):
         self.multiplier = Multiplier(settings.fidelity_margin)
 
     def gt_log_prob(self, step: Step, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-        """E log pi(x | x_t, LQ) over q(x | x_t, x_gt), without the entropy of q: (B,), at most 0."""
+        """E log pi(x | x_t, LQ) over q(x | x_t, x_gt), but for the entropy of q: (B,)."""
         eps = self.diffusion.eps_of(step.x, gt, step.t)
         mu_gt = self.diffusion.ddim_mean(gt, eps, step.t, step.s, self.settings.eta)
         return -gaussian_kl(mu_gt, mu, sigma)

@@ -329,8 +329,6 @@ MISTAKES = {
                                        "none.pth"], "none.pth: no such file"),
     "a margin where nothing is steered": (["--mode", "lrpo", "--init", "{sft}", "--recipe", "paper",
                                            "--fidelity_margin", ".1"], "does not steer"),
-    "step-wise rewards with a branch": (["--mode", "darl", "--init", "{sft}", "--stepwise", "on"],
-                                        "needs --branch off"),
     "a group of one": (["--mode", "lrpo", "--init", "{sft}", "--group", "1"], "--group"),
     "another network": (["--mode", "sft", "--resume", "--patch", "1", "--out", "{runs}/sft"],
                         "--patch 2, not 1"),
