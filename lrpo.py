@@ -130,7 +130,8 @@ class LRPO:
         self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
         self.settings, self.gt_weight = settings, settings.gt_weight
         self.schedule = diffusion.schedule(settings.ddim_steps)
-        self.clip = settings.clip or default_clip(3 * net.config.size ** 2)
+        D = 3 * net.config.size ** 2
+        self.clip = default_clip(D) if settings.clip is None else settings.clip
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, fused=True)
 
     def policy(self, x: Tensor, lq: Tensor, t: int, s: int):
