@@ -7,8 +7,9 @@
 `train.py --mode lrpo --out ROOT/S/ARM`, its flags from `ARMS`, and --minutes. Finished arms are not
 trained again. Writes ROOT/lrpo.md: the change against SFT, mean and standard deviation over the
 seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier); and ROOT/lrpo.png:
-reward against PSNR over training for the arms of `DRAWN`. `darl` does the same for DARL, and `long`
-for a long run at margin 0 and a run at margin .5.
+reward against PSNR over training for the arms of `DRAWN`. `darl` does the same for DARL, `demo` for
+the demo's own 80 rollouts with other margins and rewards (--minutes is then for SFT trained on), and
+`long` draws four times the rollouts at margin 0.
 """
 import argparse
 import csv
@@ -52,13 +53,17 @@ DARL = {
     "reward with ground truth": "--rewards ssim=.3,dwt=.7",
     "KL": "--kl_weight .1",
 }
-LONG = {"four times the rollouts": "--fidelity_margin 0 --steps 320 --every 20 --minutes 600",
-        "half the steps": "--fidelity_margin .5 --steps 80 --every 20 --minutes 600"}
-ARMS = {"lrpo": LRPO, "darl": DARL, "long": LONG}     # of two equal flags the last one counts
+DEMO = {
+    "as shipped": "--steps 80 --minutes 600",       # of two equal flags the last one counts
+    "margin .5": "--fidelity_margin .5 --steps 80 --minutes 600",
+    "offline rewards": "--rewards offline --steps 80 --minutes 600",
+}
+LONG = {"four times the rollouts": "--fidelity_margin 0 --steps 320 --every 20 --minutes 600"}
+ARMS = {"lrpo": LRPO, "darl": DARL, "demo": DEMO, "long": LONG}
 LONGER = "SFT trained on"       # the baseline: supervised training for the same time
 DRAWN = {"strategy 2 off: policy gradient alone": "C3", "likelihood alone": "C0", "ours": "C2"}
 COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "reward": "reward",
-           "r_face": "face"}
+           "r_face": "face", "r_dwt": "low-pass"}
 
 
 def folder(arm: str) -> str:
@@ -78,12 +83,14 @@ def run_seed(root: Path, mode: str, seed: int, minutes: float, weights: list[str
             call("train.py", "--mode", "darl" if mode == "darl" else "lrpo", "--seed", seed,
                  "--out", out, "--steps", 100_000, "--minutes", minutes, "--every", 5,
                  *flags.split(), *weights)
-    longer = home / folder(LONGER)
+    if mode == "long":
+        return
+    longer = home / folder(f"{LONGER} {mode}")
     if not longer.exists():
         shutil.copytree(home / "sft", longer)
         call("train.py", "--mode", "sft", "--seed", seed, "--out", longer, "--resume", "--steps",
              100_000, "--minutes", minutes)
-    ckpts = [home / name / "last.pt" for name in ("sft", *map(folder, [LONGER, *ARMS[mode]]))]
+    ckpts = [home / name / "last.pt" for name in ("sft", *map(folder, [f"{LONGER} {mode}", *ARMS[mode]]))]
     call("evaluate.py", "--frontier", "--best_of", 8, "--out", home / f"claims_{mode}", "--rewards",
          "default", *weights, "--ckpt", *ckpts)
 
@@ -94,7 +101,7 @@ def table(root: Path, mode: str, seeds: list[int]) -> str:
              for seed in seeds]
     lines = ["| arm | " + " | ".join([*COLUMNS.values(), "beyond"]) + " |",
              "|---" * (len(COLUMNS) + 2) + "|"]
-    names = {folder(arm): arm for arm in [LONGER, *ARMS[mode]]}
+    names = {folder(arm): arm for arm in [f"{LONGER} {mode}", *ARMS[mode]]}
     names["sft, best of 8"] = "SFT, best of 8 by reward"
     for name, arm in names.items():
         cells = []
@@ -119,7 +126,7 @@ def curves(root: Path, seeds: list[int]):
                     for k in ("heldout_psnr", "heldout_reward"))
             ax.plot(x, y, ".-", color=color, ms=4, lw=1, label=arm if seed == seeds[0] else None)
         rows = json.loads((root / str(seed) / "claims_lrpo" / "metrics.json").read_text())["rows"]
-        x, y = (rows[folder(LONGER)][k] - rows["sft"][k] for k in ("psnr", "reward"))
+        x, y = (rows[folder(f"{LONGER} lrpo")][k] - rows["sft"][k] for k in ("psnr", "reward"))
         ax.plot(x, y, "ks", label=LONGER if seed == seeds[0] else None)
     ax.axvline(0, color=".8", lw=.8, zorder=0)
     ax.axhline(0, color=".8", lw=.8, zorder=0)
@@ -157,12 +164,12 @@ def main():
     weights = ["--lpips_weights", args.lpips_weights] if args.lpips_weights else []
     for seed in args.seeds:
         run_seed(args.root.resolve(), args.mode, seed, args.minutes, weights)
-    text = table(args.root, args.mode, args.seeds)
-    (args.root / f"{args.mode}.md").write_text(text)
+    if args.mode == "long":
+        return over_time(args.root, args.seeds, next(iter(LONG)))
     if args.mode == "lrpo":
         curves(args.root, args.seeds)
-    if args.mode == "long":
-        over_time(args.root, args.seeds, next(iter(LONG)))
+    text = table(args.root, args.mode, args.seeds)
+    (args.root / f"{args.mode}.md").write_text(text)
     print(text)
 
 
