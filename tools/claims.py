@@ -7,9 +7,9 @@
 `train.py --mode lrpo --out ROOT/S/ARM`, its flags from `ARMS`, and --minutes. Finished arms are not
 trained again. Writes ROOT/lrpo.md: the change against SFT, mean and standard deviation over the
 seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier); and ROOT/lrpo.png:
-reward against PSNR over training for the arms of `DRAWN`. `darl` does the same for DARL, `demo` for
-the demo's own 80 rollouts with other margins and rewards (--minutes is then for SFT trained on), and
-`long` draws four times the rollouts at margin 0.
+reward against PSNR over training for the arms of `DRAWN`. `darl` does the same for DARL, `demo`
+for the demo's own 80 rollouts with other margins and rewards (--minutes is then for SFT trained on),
+and `long` draws four times the rollouts at margin 0.
 """
 import argparse
 import csv
@@ -90,7 +90,8 @@ def run_seed(root: Path, mode: str, seed: int, minutes: float, weights: list[str
         shutil.copytree(home / "sft", longer)
         call("train.py", "--mode", "sft", "--seed", seed, "--out", longer, "--resume", "--steps",
              100_000, "--minutes", minutes)
-    ckpts = [home / name / "last.pt" for name in ("sft", *map(folder, [f"{LONGER} {mode}", *ARMS[mode]]))]
+    names = ["sft", longer.name, *map(folder, ARMS[mode])]
+    ckpts = [home / name / "last.pt" for name in names]
     call("evaluate.py", "--frontier", "--best_of", 8, "--out", home / f"claims_{mode}", "--rewards",
          "default", *weights, "--ckpt", *ckpts)
 
