@@ -56,7 +56,7 @@ WARMUP = dict(sft=100, frm=20, lrpo=2, refl=10, darl=2)     # steps of linear wa
 PAPER_RECIPE = dict(rewards="paper", lpips_net="vgg", bf16="off")   # beside LRPOSettings' values
 
 
-def settings_of(mode: str, recipe: str = "ours"):
+def settings_of(mode: str, recipe: str = "steered"):
     """The settings dataclass of lrpo or darl."""
     if mode == "darl":
         return DARLSettings
@@ -148,8 +148,8 @@ def parser() -> argparse.ArgumentParser:
          "from it")
     flag("--labels", default="known", help="what frm learns from: known (pairs of known order), "
          "svm (also pairs that an SVM labels), or a CSV of a person's labels, which teach the SVM")
-    flag("--recipe", default="ours", choices=["ours", "paper"], help="lrpo: paper is the published "
-         "method at its published settings; ours steers the likelihood's weight")
+    flag("--recipe", default="steered", choices=["steered", "paper"], help="of lrpo: paper is the "
+         "published method at its published settings, steered is ours (steered.py)")
     for name, f in (flags_of(DARLSettings) | flags_of(SteeredSettings)).items():
         paper = f.metadata["paper"]
         flag(f"--{name}", type=TYPES.get(name, TYPES[f.type]), choices=f.metadata.get("choices"),
@@ -185,5 +185,9 @@ def check_flags(given):
         if getattr(given, name) != parser().get_default(name):
             raise UserError(f"--{name}: --mode {given.mode} does not read it, only "
                             f"{' and '.join(modes)}; leave it out")
-    if given.recipe == "paper" and given.fidelity_margin is not None:
-        raise UserError("--fidelity_margin: --recipe paper does not steer; leave one of them out")
+    ours = flags_of(SteeredSettings).keys() - flags_of(LRPOSettings).keys()
+    for name in sorted(ours) if given.recipe == "paper" else ():
+        if getattr(given, name) is not None:
+            raise UserError(f"--{name}: --recipe paper does not read it; leave one of them out")
+    if given.recipe == "paper" and given.gt_weight == "auto":
+        raise UserError("--gt_weight auto: --recipe paper does not steer; give a number")

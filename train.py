@@ -211,7 +211,7 @@ def check(args):
                             "likelihood")
         if args.group < 2 or args.ddim_steps < 2:
             raise UserError(f"--group and --ddim_steps must be 2 or more in {args.mode}")
-    branched = args.mode in ("lrpo", "darl") and args.recipe == "ours" and args.branch == "on"
+    branched = args.mode in ("lrpo", "darl") and args.recipe == "steered" and args.branch == "on"
     if branched and args.noise_level_weights == "off":
         raise UserError("--noise_level_weights off: with a branch one step is trained and there is "
                         "nothing to weight; give --branch off as well")

@@ -328,7 +328,7 @@ MISTAKES = {
     "no reward model to go on from": (["--mode", "frm", "--init", "{sft}", "--frm_weights",
                                        "none.pth"], "none.pth: no such file"),
     "a margin where nothing is steered": (["--mode", "lrpo", "--init", "{sft}", "--recipe", "paper",
-                                           "--fidelity_margin", ".1"], "does not steer"),
+                                           "--fidelity_margin", ".1"], "fidelity_margin: --recipe paper"),
     "a group of one": (["--mode", "lrpo", "--init", "{sft}", "--group", "1"], "--group"),
     "another network": (["--mode", "sft", "--resume", "--patch", "1", "--out", "{runs}/sft"],
                         "--patch 2, not 1"),
