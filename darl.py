@@ -15,8 +15,8 @@ Reading  (ours) For each LQ image i of a rollout, with its group of G restoratio
            rho_i    = d_i / running mean of d
            lambda_i = rho_i / (1 + rho_i)                   1/2 at the mean, towards 1 when hard
            L        = mean over i of lambda_i L_RL + w (1 - lambda_i) L_SFT  + beta KL(pi || pi_ref)
-         L_RL is lrpo.py's clipped policy gradient, its rollout and noise-level weights; L_SFT is
-         SFT's loss on the same images; w balances the two.
+         L_RL is lrpo.py's clipped policy gradient on steered.py's branched rollout; L_SFT is SFT's
+         loss on the same images; w balances the two.
 """
 import copy
 from dataclasses import dataclass, field

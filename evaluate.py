@@ -17,8 +17,8 @@ import torch
 from matplotlib.figure import Figure
 
 from data import Photos, UserError, make_folder, pairs, run_main, sheet
-from frontier import (FRONTIER_ETAS, FRONTIER_STEPS, draw_frontier, frontier, sampler_points,
-                      standard_error, verdict)
+from frontier import (FRONTIER_STEPS, draw_frontier, frontier, sampler_points, standard_error,
+                      verdict)
 from model import Diffusion, load_restorer, pick_device
 from rewards import LPIPS, build_reward, parse_rewards, psnr, ssim
 
@@ -150,8 +150,7 @@ def compare(args):
     facts |= {"rows": means}
     if args.frontier:
         points = sampler_points(lambda K, eta: measure(restore(nets[0], lq, K, eta, args.seed), gt,
-                                                       reward, lpips),
-                                sorted({*FRONTIER_ETAS, args.eta}))
+                                                       reward, lpips), Ks, args.eta)
         names = [name for name in ("lpips", "r_face") if name in rows[labels[0]]] or ["ssim"]
         draw_frontier(out / "frontier.png", {l: rows[l] for l in labels}, points, names, labels[0])
         facts |= {"sampler": {f"K={K}, eta={eta:g}": {k: v.mean().item() for k, v in row.items()}

@@ -16,8 +16,8 @@ FRONTIER_STEPS, FRONTIER_ETAS = (2, 3, 5, 10, 20), (0.0, 0.5, 0.8, 1.0)    # our
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Of the mean of values (N,); 0 for a single one."""
-    return values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
+    """Of the mean of values (N,); nan for a single one."""
+    return values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def hull(points: list[tuple[float, float]]) -> list[int]:
@@ -42,7 +42,8 @@ def beyond(method: torch.Tensor, samplers: torch.Tensor) -> tuple[float, float]:
     """How far a method lies above the hull of the samplers at its own PSNR, and the standard error.
 
     method (N, 2) and samplers (S, N, 2) hold (PSNR, quality) of the same N images, quality higher
-    better. Outside the hull's PSNR the nearer end is the comparison. The error is that of the mean
+    better. Outside the hull's PSNR the nearer end is the comparison (a method to the right of the
+    hull is more faithful than any sampler, whatever the distance). The error is that of the mean
     over the images of the vertical distance, to first order in the two means.
     """
     means = samplers.mean(dim=1)                                        # (S, 2)
@@ -61,9 +62,11 @@ def beyond(method: torch.Tensor, samplers: torch.Tensor) -> tuple[float, float]:
     return d.mean().item(), standard_error(d)
 
 
-def sampler_points(measured, etas) -> dict[tuple, dict]:
-    """{(K, eta): {metric: (N,)}} for every sampler; measured(K, eta) restores and measures."""
-    choices = [(K, eta) for eta in etas for K in FRONTIER_STEPS]
+def sampler_points(measured, Ks, eta: float) -> dict[tuple, dict]:
+    """{(K, eta): {metric: (N,)}} for every sampler, the rows' own Ks and eta among them;
+    measured(K, eta) restores and measures."""
+    choices = [(K, e) for e in FRONTIER_ETAS for K in FRONTIER_STEPS]
+    choices += [c for c in ((K, eta) for K in sorted({*FRONTIER_STEPS, *Ks})) if c not in choices]
     return {choice: measured(*choice) for choice in tqdm(choices, "frontier", disable=None)}
 
 
@@ -76,9 +79,9 @@ def frontier(rows: dict, points: dict, name: str) -> dict[str, tuple[float, floa
 
 def verdict(label: str, name: str, distance: float, error: float) -> str:
     """One sentence: beyond, on or behind the frontier, from two standard errors on."""
-    place = "on" if abs(distance) <= 2 * error else "beyond" if distance > 0 else "behind"
-    return (f"{label} lies {place} the sampler's frontier: at its own PSNR its {name} is better by "
-            f"{distance:+.4f} ± {error:.4f}")
+    place = "on" if not abs(distance) > 2 * error else "beyond" if distance > 0 else "behind"
+    return (f"{label} lies {place} the sampler's frontier: its {name} is better by {distance:+.4f} "
+            f"± {error:.4f} than the sampler's at the same PSNR, or at the nearest it reaches")
 
 
 def draw_frontier(path, rows: dict, points: dict, names: list[str], first: str):
@@ -87,7 +90,7 @@ def draw_frontier(path, rows: dict, points: dict, names: list[str], first: str):
     fig = Figure(figsize=(6.5 * len(names), 5))
     for ax, name in zip(fig.subplots(1, len(names), squeeze=False)[0], names):
         xy = {c: (row["psnr"].mean().item(), row[name].mean().item()) for c, row in points.items()}
-        for eta in sorted({eta for _, eta in points}):
+        for eta in FRONTIER_ETAS:
             ax.plot(*zip(*(xy[K, eta] for K in FRONTIER_STEPS)), "o-", ms=3, lw=.8, color=str(
                 .45 + .4 * eta), label=f"{first}, eta {eta:g}, K = {FRONTIER_STEPS[0]} ... "
                 f"{FRONTIER_STEPS[-1]} (right to left)")

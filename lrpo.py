@@ -1,8 +1,7 @@
 """LRPO: online reinforcement learning on a diffusion restorer, regularised by the ground truth.
 
 Paper    LRPO, Likelihood-Regularised Policy Optimisation (Wu et al. 2025, arXiv 2509.23339).
-         It builds on DDPO (Black et al. 2023, arXiv 2305.13301), PPO (Schulman et al. 2017, arXiv
-         1707.06347) and GRPO (Shao et al. 2024, arXiv 2402.03300).
+         It builds on DDPO (arXiv 2305.13301), PPO (1707.06347) and GRPO (2402.03300).
 Policy   Each DDIM step is a Gaussian policy: pi(x_{t-1} | x_t, LQ) = N(mu, sigma^2 I).
 Steps    of the algorithm, in the order of `LRPO.step`:
          1. Restore each LQ image G times, with independent noise.        `LRPO.rollout`
@@ -14,10 +13,10 @@ Steps    of the algorithm, in the order of `LRPO.step`:
 Settings `LRPOSettings`, each with the published value; `--recipe paper` uses all of those. Our own
          recipe, the default, is in steered.py.
 Departs  The published code noises the ground truth cumulatively, groups images by caption, divides
-         the noise-level weights by the mean over all K steps, drops samples of advantage 0 from
-         both losses, and lets the exponent of the likelihood term be positive. Here the ground
+         the noise-level weights by the mean over all K steps, drops samples of advantage 0, lets
+         the exponent of the likelihood be positive, and has scaled-linear betas. Here the ground
          truth is noised once, a group is one LQ image, the mean is over the trained steps, every
-         sample counts, and the exponent is at most 0. The noise schedule is that of model.py.
+         sample counts, the exponent is at most 0, and betas, warm-up and averaging are our own.
          The last DDIM step has sigma = 0 and so no density: it is sampled but not trained.
 """
 import math
@@ -33,7 +32,7 @@ ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
 TRUST = 1.64                # LRPO's code: its clip range times its D, 1e-4 * 4*64*64
 GT_TEMPERATURE = 40.0       # LRPO's code: L_gt = 1 - exp(log pi / 40)
 NO_SPREAD = 1e-6            # ours: float32 rewards this close are equal
-RATIO_SLACK = 1e-5          # ours: exactly 1 on a CPU; a GPU may choose another kernel
+RATIO_SLACK = 1e-5          # ours: a CPU gives exactly 1; a GPU may use another kernel
 
 
 def setting(default, paper, meaning: str, **more):
@@ -43,20 +42,22 @@ def setting(default, paper, meaning: str, **more):
 
 @dataclass
 class LRPOSettings:
-    """Default, published value and meaning of each setting; a preset may replace the default."""
+    """Default, published value and meaning; a preset may replace the default."""
     lr: float = setting(1e-4, 1e-6, "learning rate of AdamW")
     ddim_steps: int = setting(5, 50, "K, sampling steps")
     eta: float = setting(1.0, 1.0, "DDIM noise of the rollouts, above 0")
     group: int = setting(8, 9, "G, restorations of one image, 2 or more")
     updates: int = setting(1, 1, "passes over a rollout")
-    steps_per_update: int = setting(1, 1, "DDIM steps whose loss makes one optimiser step")
-    clip: float = setting(None, None, "clip range of the ratio (default 1.64 / D)")
+    steps_per_update: int = setting(1, 1, "DDIM steps whose mean loss makes one optimiser step "
+                                    "(0: all)")
+    clip: float = setting(None, None, "clip range of the ratio; left out: 1.64 / D, the published "
+                          "1e-4 at D = 4*64*64")
     adv_std: str = setting("group", "batch", "standard deviation in the advantage",
                            choices=["group", "batch"])
-    noise_level_weights: str = setting("on", "on", "strategy 3", choices=["on", "off"])
+    noise_level_weights: str = setting("on", "on", "strategy 3 of LRPO", choices=["on", "off"])
     pg_weight: float = setting(1.0, 1.0, "weight of the policy gradient")
-    gt_weight: float = setting(0.001, 0.001, "weight of strategy 2; 0 is off")
-    gt_last: int = setting(0, 5, "strategy 2 on the last n trained steps (0: on all)")
+    gt_weight: float = setting(0.001, 0.001, "weight of the ground-truth likelihood; 0: off")
+    gt_last: int = setting(0, 5, "likelihood on the last n trained steps (0: on all)")
 
 
 def default_clip(D: int) -> float:
@@ -68,7 +69,7 @@ def default_clip(D: int) -> float:
 def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
     """log N(x; mu, sigma^2 I), averaged over the D dimensions, in float32: (B, 3, H, W) -> (B,).
 
-    The mean, as in DDPO's and LRPO's code: a sum over D overflows the ratio. sigma is above 0."""
+    The mean, as in DDPO's and LRPO's code: a sum over D overflows the ratio. sigma > 0."""
     x, mu, sigma = x.float(), mu.float(), sigma.float()
     log_prob = -((x - mu) / sigma) ** 2 / 2 - torch.log(sigma) - math.log(2 * math.pi) / 2
     return log_prob.mean(dim=(1, 2, 3))
@@ -88,7 +89,7 @@ def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
 
 def noise_level_weights(sigma: Tensor) -> Tensor:
     """w_t = sigma_t / mean of sigma (strategy 3): (n,) -> (n,), mean 1. The paper's reason: the
-    noisy early steps decide the layout, and leave the most room for change."""
+    noisy early steps decide more, and so are pushed more."""
     return sigma / sigma.mean()
 
 
@@ -111,7 +112,7 @@ class Step:
     s: int
     x: Tensor                   # (B, 3, H, W)  x_t, the state
     action: Tensor              # (B, 3, H, W)  x_{t-1}
-    log_prob: Tensor            # (B,)          under the policy that acted
+    log_prob: Tensor            # (B,)          log pi_old of the action
     x0_hat: Tensor              # (B, 3, H, W)  the clean image as predicted from x_t
     x_gt: Tensor = None         # (B, 3, H, W)  the ground truth, noised to level s
     advantage: Tensor = None    # (B,)          A_{i,t}
@@ -169,13 +170,13 @@ class LRPO:
             step.advantage = (A * w).clamp(-ADV_CLIP, ADV_CLIP)
 
     def gt_log_prob(self, step: Step, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-        """How likely the policy, at its own x_t, makes the noised ground truth: (B,)."""
+        """log pi(x_gt_s | x_t, LQ) at the policy's own x_t, averaged over D: (B,)."""
         return gaussian_log_prob(step.x_gt, mu, sigma)
 
     def loss(self, step: Step, lq: Tensor, gt: Tensor, mu: Tensor, sigma: Tensor, pg: Tensor):
-        """The loss of one step, a scalar, and its terms by name; pg (B,) is `clipped_loss`."""
+        """The loss of one step, a scalar, and its terms by name; pg (B,) is `clipped_loss`'s."""
         likelihood = gt_likelihood_loss(self.gt_log_prob(step, gt, mu, sigma)).mean()
-        last = self.schedule[:-1][-self.settings.gt_last:]              # -0: all of them
+        last = self.schedule[:-1][-self.settings.gt_last:]              # [0:] is all of them
         weight = self.gt_weight if (step.t, step.s) in last else 0.0
         return (self.settings.pg_weight * pg.mean() + weight * likelihood,
                 {"pg_loss": pg.mean(), "gt_loss": likelihood})
@@ -200,7 +201,8 @@ class LRPO:
         std = R.view(-1, G).std(dim=1, correction=0)                    # (P,)
         stats = {"reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
                  "reward_std": std.mean(), "no_spread": (std < NO_SPREAD).float().mean(),
-                 **{k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]}}
+                 **{k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]},
+                 "ratio_max": torch.stack([u["ratio_max"] for u in seen]).max()}
         return dict(zip(stats, torch.stack(list(stats.values())).tolist()))
 
     def update(self, steps: list[Step], lq: Tensor, gt: Tensor, first: bool) -> dict[str, Tensor]:
@@ -224,5 +226,5 @@ class LRPO:
         return {**{k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]},
                 "grad_norm": grad_norm, "ratio_mean": ratio.mean(), "ratio_max": ratio.max(),
                 "clip_fraction": ((ratio - 1).abs() > self.clip).float().mean(),
-                "approx_kl": -ratio.log().mean()}       # E_old log(pi_old / pi), a dimension
+                "approx_kl": -ratio.log().mean()}       # E_old log(pi_old / pi), per dimension
 

@@ -242,10 +242,11 @@ class Diffusion:
         direction = (1 - a_prev - self.sigma(t, s, eta) ** 2).clamp(min=0).sqrt()
         return a_prev.sqrt() * x0 + direction * eps
 
-    def eps_of(self, x: Tensor, x0: Tensor, t: int) -> Tensor:
-        """The noise in x_t if the clean image is x0 (DDPM eq. 4, solved for eps): as x."""
-        a, _ = self.levels(t, -1)
-        return (x - a.sqrt() * x0) / (1 - a).sqrt()
+    def posterior_mean(self, x: Tensor, x0: Tensor, t: int, s: int, eta: float) -> Tensor:
+        """Mean of q(x_s | x_t, x_0), the step of a sampler that knows x0 (DDIM eq. 7; at eta = 1
+        DDPM eq. 7): as x. Its standard deviation is `sigma`."""
+        a, _ = self.levels(t, s)
+        return self.ddim_mean(x0, (x - a.sqrt() * x0) / (1 - a).sqrt(), t, s, eta)
 
     def ddim_step(self, net, x: Tensor, lq: Tensor, t: int, s: int, eta: float):
         """One step t -> s as a Gaussian (DDIM eq. 12 and 16): x_s ~ N(mu, sigma^2 I).

@@ -1,10 +1,10 @@
 """Every flag of train.py, and the presets that fill in what the command line leaves open.
 
-A setting of lrpo or darl stands in its dataclass (lrpo.py, darl.py) with default, published value
-and meaning; its flag is made from that. What a run uses is, in this order: the command line,
-`--recipe paper`, the preset, the default. `tiny` and `small` were chosen by measurement
-(docs/results.md). `base` has the paper's K and G and DiffusionReward's steps and rate; the rest of
-it is extrapolated, and it has not been run.
+A setting of lrpo or darl stands in its dataclass (lrpo.py, steered.py, darl.py) with default,
+published value and meaning; its flag is made from that. What a run uses is, in this order: the
+command line, `--recipe paper`, the preset, the default. `tiny` and `small` were chosen by
+measurement (docs/results.md). `base` has the paper's K and G and DiffusionReward's steps and rate;
+the rest of it is extrapolated, and it has not been run.
 """
 import argparse
 from dataclasses import fields
@@ -69,9 +69,9 @@ def flags_of(dataclass) -> dict:
 
 
 # Flags that only some modes read; refused in others, and not compared when a run goes on.
-SHARED = {"lr", "ddim_steps", "eta"}    # settings of lrpo and darl whose flag every mode reads
+SHARED = {"lr", "ddim_steps"}       # settings of lrpo and darl whose flag every mode reads
 OWN = {"demo": {"methods"},
-       "frm": {"labels"},
+       "frm": {"labels", "eta"},
        "lrpo": {"recipe", *flags_of(SteeredSettings)} - SHARED,
        "darl": {*flags_of(DARLSettings)} - SHARED,
        "refl": {"refl_last", "struct_weight", "reg_weight", "reg", "denoise_weight",
@@ -151,10 +151,11 @@ def parser() -> argparse.ArgumentParser:
     flag("--recipe", default="steered", choices=["steered", "paper"], help="of lrpo: paper is the "
          "published method at its published settings, steered is ours (steered.py)")
     for name, f in (flags_of(DARLSettings) | flags_of(SteeredSettings)).items():
-        paper = f.metadata["paper"]
+        default = "by preset" if any(name in preset for preset in PRESETS.values()) else f.default
+        known = {"default": default, "paper": f.metadata["paper"]}
         flag(f"--{name}", type=TYPES.get(name, TYPES[f.type]), choices=f.metadata.get("choices"),
-             help=f"{f.metadata['meaning']} (default {f.default}"
-             + (")" if paper is None else f"; paper {paper})"))
+             help="; ".join([f.metadata["meaning"], *(f"{k}: {v}" for k, v in known.items()
+                                                      if v is not None)]))
     flag("--refl_last", type=positive, default=2, help="the step with gradient: of the last n")
     flag("--struct_weight", type=amount, default=15.0, help="refl: low-pass L1 to the ground truth")
     flag("--reg_weight", type=amount, default=0.01, help="refl: distance from the frozen network")
@@ -185,9 +186,14 @@ def check_flags(given):
         if getattr(given, name) != parser().get_default(name):
             raise UserError(f"--{name}: --mode {given.mode} does not read it, only "
                             f"{' and '.join(modes)}; leave it out")
-    ours = flags_of(SteeredSettings).keys() - flags_of(LRPOSettings).keys()
-    for name in sorted(ours) if given.recipe == "paper" else ():
-        if getattr(given, name) is not None:
-            raise UserError(f"--{name}: --recipe paper does not read it; leave one of them out")
-    if given.recipe == "paper" and given.gt_weight == "auto":
-        raise UserError("--gt_weight auto: --recipe paper does not steer; give a number")
+    if given.recipe == "paper":
+        if given.gt_weight == "auto":
+            raise UserError("--gt_weight auto: --recipe paper does not steer; give a number")
+        unread = flags_of(SteeredSettings).keys() - flags_of(LRPOSettings).keys()
+        unread -= flags_of(DARLSettings).keys() if "darl" in methods else set()
+        for name in sorted(unread):
+            if getattr(given, name) is not None:
+                raise UserError(f"--{name}: --recipe paper does not read it; leave one of them out")
+    if given.fidelity_margin is not None and given.gt_weight not in (None, "auto"):
+        raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one of them "
+                        "out")

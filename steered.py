@@ -1,18 +1,19 @@
-"""The default recipe of `--mode lrpo`: LRPO with three changes of ours. lrpo.py knows none of them.
+"""The default recipe of `--mode lrpo`: LRPO with three ideas and other settings of ours.
 
-1. Branch     A group shares all noise but that of the last step that has any, and only that step
-              is trained. What differs between the rewards of a group is then that step's doing,
-              and one network call serves the G states that are equal. (Flow-GRPO-Fast and MixGRPO
-              branch too.)                                      `BranchedLRPO.rollout`, `policy`
+lrpo.py knows none of them.
+1. Branch     The members of a group share all noise but that of the last step with sigma above 0,
+              and only that step is trained. So the rewards of a group differ because of that step
+              alone, and one network call serves the G states that are equal. (Flow-GRPO-Fast and
+              MixGRPO branch too.)                             `BranchedLRPO.rollout`, `policy`
 2. Posterior  The paper evaluates the likelihood of x_gt noised by fresh noise, which lies on
-              another trajectory than x_t does. Ours is the expectation over DDPM's posterior
-              q(x_{t-1} | x_t, x_gt), the step that the policy would take if it knew x_gt; in closed
-              form it is a weighted |x0_hat - x_gt|^2 at the states that the policy visits.
+              another trajectory than x_t does. Ours is the expectation over DDIM's posterior
+              q(x_{t-1} | x_t, x_gt) (at eta = 1 DDPM's), the step of a policy that knows x_gt. In
+              closed form it is a weighted |x0_hat - x_gt|^2 at the states that the policy visits.
                                                                 `SteeredLRPO.gt_log_prob`
-3. Steering   The weight of that likelihood is a Lagrange multiplier: it rises while the policy is
-              less faithful than the frozen policy that it started as, and falls while there is
-              room. A proportional and an integral term (Stooke et al. 2020, arXiv 2007.03964) damp
-              it.                                               `Multiplier`, `fidelity_gap`
+3. Steering   The weight of that likelihood is a Lagrange multiplier. It rises while the policy's
+              PSNR is more than `fidelity_margin` below that of the frozen policy that it started
+              as, and falls otherwise. A proportional and an integral term keep it from oscillating
+              (Stooke et al. 2020, arXiv 2007.03964).           `Multiplier`, `fidelity_gap`
 """
 import copy
 import math
@@ -25,20 +26,22 @@ from lrpo import LRPO, LRPOSettings, Step, gaussian_log_prob, setting
 from model import gaussian
 from rewards import psnr
 
-FIRST_WEIGHT = 5.0          # ours: near where steering ends at 32 px
+FIRST_WEIGHT = 5.0          # ours: near where steering ends at 32 px and eta = 1
 PROPORTIONAL = 8.0          # ours: per dB; .1 dB below the target multiplies the weight by 2.2
 INTEGRAL = 0.4              # ours: per dB and rollout; .1 dB over 17 rollouts doubles the weight
-SMOOTHING = 0.7             # ours: of the measured gap, over some three rollouts
+SMOOTHING = 0.7             # ours: of the error, over some three rollouts
 LOG_RANGE = math.log(100)   # ours: the weight stays within a factor of 100 of the first
-GAP_LIMIT = 0.3             # ours: dB; a single rollout cannot push the weight further than this
+GAP_LIMIT = 0.3             # ours: dB; a larger error counts as this much
 GAP_ETA = 0.8               # LRPO's code: eta at inference
-GAP_IMAGES = 16             # ours: .03 dB of noise, for a tenth of a rollout's time
+GAP_IMAGES = 16             # ours: leaves some .03 dB of noise (.12 dB an image)
 
 
 @dataclass
 class BranchedSettings(LRPOSettings):
-    """LRPO's settings, and the branch."""
+    """LRPO's settings, and whether a group branches."""
     updates: int = setting(2, 1, "passes over a rollout")
+    steps_per_update: int = setting(0, 1, "DDIM steps whose mean loss makes one optimiser step "
+                                    "(0: all)")
     branch: str = setting("on", None, "a group shares all noise but that of the last step that has "
                           "any; off: full trajectories", choices=["on", "off"])
 
@@ -46,8 +49,8 @@ class BranchedSettings(LRPOSettings):
 @dataclass
 class SteeredSettings(BranchedSettings):
     """The default recipe's settings."""
-    gt_weight: str = setting("auto", 0.001, "weight of strategy 2: a number, or auto, which steers "
-                             "it by the fidelity of the rollouts")
+    gt_weight: str = setting("auto", 0.001, "weight of the ground-truth likelihood: a number, or "
+                             "auto, which steers it by the PSNR lost against the starting policy")
     fidelity_margin: float = setting(0.15, None, "PSNR in dB that auto may give up")
 
 
@@ -68,7 +71,7 @@ class BranchedLRPO(LRPO):
 
     @torch.no_grad()
     def rollout(self, lq: Tensor) -> tuple[Tensor, list[Step]]:
-        """As LRPO's; with the branch, one trajectory for each group up to the last step."""
+        """As LRPO's; with the branch, one trajectory for each group, then G members."""
         if not self.branch:
             return super().rollout(lq)
         G = self.settings.group
@@ -97,7 +100,7 @@ class Multiplier:
 
     @property
     def weight(self) -> float:
-        """exp of a proportional and an integral term, so that it is above 0 at every scale."""
+        """exp of a proportional and an integral term, so that it is always above 0."""
         log = self.integral + PROPORTIONAL * self.error
         return FIRST_WEIGHT * math.exp(max(-LOG_RANGE, min(LOG_RANGE, log)))
 
@@ -117,15 +120,15 @@ class SteeredLRPO(BranchedLRPO):
         self.multiplier = Multiplier(settings.fidelity_margin)
 
     def gt_log_prob(self, step: Step, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-        """E log pi(x | x_t, LQ) over q(x | x_t, x_gt), but for the entropy of q: (B,)."""
-        eps = self.diffusion.eps_of(step.x, gt, step.t)
-        mu_gt = self.diffusion.ddim_mean(gt, eps, step.t, step.s, self.settings.eta)
+        """-KL(q || pi) with q = q(x_s | x_t, x_gt), that is E_q log pi plus the entropy of q, which
+        does not depend on the policy: (B,), at most 0."""
+        mu_gt = self.diffusion.posterior_mean(step.x, gt, step.t, step.s, self.settings.eta)
         return -gaussian_kl(mu_gt, mu, sigma)
 
     @torch.no_grad()
     def fidelity_gap(self, lq: Tensor, gt: Tensor) -> float:
-        """Mean PSNR of the policy minus that of the reference policy, in dB, from equal noise, over
-        the first images of a batch (P, 3, H, W)."""
+        """Mean PSNR of the policy minus that of the reference policy, in dB. Both restore the first
+        images of a batch (P, 3, H, W) from the same noise."""
         lq, gt = lq[:GAP_IMAGES], gt[:GAP_IMAGES]
         noise, scores = self.generator.get_state(), []
         for net in (self.net, self.reference):
@@ -135,11 +138,11 @@ class SteeredLRPO(BranchedLRPO):
         return (scores[0] - scores[1]).mean().item()
 
     def step(self, batch) -> dict[str, float]:
-        """LRPO's step with the multiplier's weight, which is updated after it."""
-        auto = self.settings.gt_weight == "auto"
-        self.gt_weight = self.multiplier.weight if auto else self.settings.gt_weight
-        stats = super().step(batch)
-        gap = self.fidelity_gap(*batch)
+        """LRPO's step. With gt_weight auto the multiplier gives the weight and is updated."""
+        if self.settings.gt_weight != "auto":
+            return super().step(batch)
+        self.gt_weight = self.multiplier.weight
+        stats, gap = super().step(batch), self.fidelity_gap(*batch)
         self.multiplier.update(gap)
         return stats | {"gt_weight": self.gt_weight, "fidelity_gap": gap}
 

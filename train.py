@@ -212,9 +212,10 @@ def check(args):
         if args.group < 2 or args.ddim_steps < 2:
             raise UserError(f"--group and --ddim_steps must be 2 or more in {args.mode}")
     branched = args.mode in ("lrpo", "darl") and args.recipe == "steered" and args.branch == "on"
-    if branched and args.noise_level_weights == "off":
-        raise UserError("--noise_level_weights off: with a branch one step is trained and there is "
-                        "nothing to weight; give --branch off as well")
+    for name, idle in (("noise_level_weights", "on"), ("steps_per_update", 0), ("gt_last", 0)):
+        if branched and getattr(args, name) not in (idle, None):
+            raise UserError(f"--{name} {getattr(args, name)}: with a branch a single step is "
+                            "trained, so that it has no effect; give --branch off as well")
     if args.mode == "darl" and args.stepwise == "on" and args.branch == "on":
         raise UserError("--stepwise on: needs --branch off (and a smaller --batch_size)")
     if args.mode == "refl" and args.refl_last > args.ddim_steps:

@@ -1,4 +1,4 @@
-"""tools/claims.py: every arm is a command that train.py takes, and the table is plain arithmetic."""
+"""tools/claims.py: every arm is a command that train.py takes; the table is plain arithmetic."""
 import json
 
 import pytest

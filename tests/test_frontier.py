@@ -54,8 +54,13 @@ def test_the_error_is_that_of_the_vertical_distance():
 def test_lpips_counts_as_lower_better_and_the_picture_is_drawn(tmp_path):
     def row(psnr, lpips):
         return {"psnr": plane((psnr, 0.0))[0][:, 0], "lpips": plane((lpips, 0.0))[0][:, 0]}
-    points = sampler_points(lambda K, eta: row(24 - K / 10, .1 - K / 400 + eta / 100), [0.5, 1.0])
-    rows = {"sft": points[5, 0.5], "good": row(23.5, .07), "bad": row(23.5, .11)}
+    def row_of(K, eta):
+        return row(24.5 - K / 10, .06 + .2 / K + eta / 100)
+    points = sampler_points(row_of, [5, 7], 0.3)
+    assert len(points) == 4 * 5 + 6 and (7, 0.3) in points      # the rows' own K and eta as well
+    near = row_of(5, 0)
+    near["lpips"] = near["lpips"] + .01 * torch.linspace(-1, 1, 50)     # mean 0, error .0008
+    rows = {"sft": near, "good": row(24, .08), "bad": row(24, .12)}
     places = frontier(rows, points, "lpips")
     assert [verdict(label, "lpips", *place).split(" lies ")[1].split()[0]
             for label, place in places.items()] == ["on", "beyond", "behind"]

@@ -248,7 +248,8 @@ def test_the_ground_truth_is_noised_once_and_anew_in_each_rollout():
         n = z.numel()
         assert abs(z.mean().item()) < 5 * math.sqrt((1 - a) / n)
         assert z.var().item() == pytest.approx(1 - a, rel=5 * math.sqrt(2 / n))
-    assert not torch.equal(gt[0][0], gt[1][0])
+    assert not torch.equal(gt[0][0], gt[1][0]) and not torch.equal(gt[0][0][0], gt[0][0][1])
+    assert not torch.equal(gt[0][0], gt[0][1])      # rollouts, members and steps: each its own
 
 
 def test_eta_zero_is_refused():

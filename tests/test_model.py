@@ -41,7 +41,7 @@ def test_ddim_at_eta_1_is_ddpms_posterior():
     x, x0 = noise(0, 1, 3, 4, 4).double(), noise(1, 1, 3, 4, 4).double()
     assert d.schedule(50)[0] == (49, 48) and d.schedule(50)[-1] == (0, -1)
     for t, s in d.schedule(50):
-        mu, sigma = d.ddim_mean(x0, d.eps_of(x, x0, t), t, s, 1.0), d.sigma(t, s, 1.0)
+        mu, sigma = d.posterior_mean(x, x0, t, s, 1.0), d.sigma(t, s, 1.0)
         prev = abar[s] if s >= 0 else torch.ones(())
         mean = (prev.sqrt() * beta[t] * x0 + (1 - beta[t]).sqrt() * (1 - prev) * x) / (1 - abar[t])
         var = (1 - prev) / (1 - abar[t]) * beta[t]

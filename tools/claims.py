@@ -4,12 +4,12 @@
 
 --root holds one folder a seed, 0, 1, 2, each with the sft and frm runs of that seed
 (`train.py --mode sft --seed S --out ROOT/S/sft`, the same with frm). Every arm is one command:
-`train.py --mode lrpo --out ROOT/S/ARM`, its flags from `ARMS`, and --minutes. Finished arms are not
-trained again. Writes ROOT/lrpo.md: the change against SFT, mean and standard deviation over the
-seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier); and ROOT/lrpo.png:
-reward against PSNR over training for the arms of `DRAWN`. `darl` does the same for DARL, `demo`
-for the demo's own 80 rollouts with other margins and rewards (--minutes is then for SFT trained on),
-and `long` draws four times the rollouts at margin 0.
+`train.py --mode lrpo --out ROOT/S/ARM` (or darl), its flags from `ARMS`, and --minutes. Finished
+arms are not trained again. Writes ROOT/lrpo.md: the change against SFT, mean and standard deviation
+over the seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier); and
+ROOT/lrpo.png: reward against PSNR over training for the arms of `DRAWN`. `darl` does the same for
+DARL; `demo` for the demo's own 80 rollouts with other margins and rewards (--minutes is then for
+SFT trained on); and `long` trains and plots four times the rollouts at margin 0.
 """
 import argparse
 import csv
@@ -79,17 +79,19 @@ def run_seed(root: Path, mode: str, seed: int, minutes: float, weights: list[str
     home = root / str(seed)
     for arm, flags in ARMS[mode].items():
         out = home / folder(arm)
-        if not (out / "last.pt").exists():
+        if not (out / "done").exists():         # last.pt alone may be of a run that was stopped
             call("train.py", "--mode", "darl" if mode == "darl" else "lrpo", "--seed", seed,
                  "--out", out, "--steps", 100_000, "--minutes", minutes, "--every", 5,
-                 *flags.split(), *weights)
+                 "--overwrite", *flags.split(), *weights)
+            (out / "done").touch()
     if mode == "long":
         return
     longer = home / folder(f"{LONGER} {mode}")
-    if not longer.exists():
-        shutil.copytree(home / "sft", longer)
+    if not (longer / "done").exists():
+        shutil.copytree(home / "sft", longer, dirs_exist_ok=True)
         call("train.py", "--mode", "sft", "--seed", seed, "--out", longer, "--resume", "--steps",
              100_000, "--minutes", minutes)
+        (longer / "done").touch()
     names = ["sft", longer.name, *map(folder, ARMS[mode])]
     ckpts = [home / name / "last.pt" for name in names]
     call("evaluate.py", "--frontier", "--best_of", 8, "--out", home / f"claims_{mode}", "--rewards",
