@@ -51,7 +51,7 @@ class SteeredSettings(BranchedSettings):
     """The default recipe's settings."""
     gt_weight: str = setting("auto", 0.001, "weight of the ground-truth likelihood: a number, or "
                              "auto, which steers it by the PSNR lost against the starting policy")
-    fidelity_margin: float = setting(0.15, None, "PSNR in dB that auto may give up")
+    fidelity_margin: float = setting(0.2, None, "PSNR in dB that auto may give up")
 
 
 class BranchedLRPO(LRPO):
