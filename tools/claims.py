@@ -112,7 +112,7 @@ def table(root: Path, mode: str, seeds: list[int]) -> str:
             cells.append([f["rows"][name][column] - f["rows"]["sft"][column] for f in found])
         cells.append([f["beyond"]["lpips"][name][0] for f in found])
         lines.append(f"| {arm} | " + " | ".join(
-            f"{statistics.mean(c):+.4f} ±{statistics.stdev(c) if len(c) > 1 else 0:.4f}"
+            f"{statistics.mean(c):+.4f}" + (f" ±{statistics.stdev(c):.4f}" if len(c) > 1 else "")
             for c in cells) + " |")
     return "\n".join(lines) + "\n"
 
