@@ -1,4 +1,5 @@
 """CLIP-IQA against open_clip's pool, closed forms and pyiqa; and that nothing runs untrained."""
+import copy
 import pickle
 import urllib.error
 
@@ -51,14 +52,14 @@ def rn50():
 @pytest.mark.parametrize("side", [224, 64])
 def test_the_pool_is_open_clips_without_places(rn50, side):
     torch.manual_seed(1)
-    x = torch.randn(2, 2048, side // 32, side // 32)
-    pool = rn50.visual.attnpool
+    x = torch.randn(2, 2048, side // 32, side // 32, dtype=torch.float64)
+    pool = copy.deepcopy(rn50.visual.attnpool).double()     # float64: no last bits to hang on
     theirs = open_clip.modified_resnet.AttentionPool2d(side // 32, 2048, pool.num_heads, 1024)
     theirs.load_state_dict({k: v for k, v in pool.state_dict().items() if "positional" not in k},
                            strict=False)
     theirs.positional_embedding.data.zero_()
     with torch.no_grad():
-        torch.testing.assert_close(attention_pool(pool, x), theirs(x), rtol=0, atol=1e-6)
+        torch.testing.assert_close(attention_pool(pool, x), theirs.double()(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)

@@ -239,7 +239,8 @@ def test_reinforce_raises_the_reward():
 def test_the_ground_truth_is_noised_once_and_anew_in_each_rollout():
     """x_gt_s ~ N(sqrt(abar_s) x_gt, (1 - abar_s) I): mean and variance over all pixels."""
     lrpo, gt = make(updates=1), []
-    lrpo.update = lambda steps, lq, x, first: (gt.append([step.x_gt for step in steps]), {})[1]
+    lrpo.update = lambda steps, lq, x, first: (gt.append([step.x_gt for step in steps]),
+                                               {"ratio_max": torch.ones(())})[1]
     for _ in range(40):
         lrpo.step(BATCH)
     for k, (t, s) in enumerate(lrpo.schedule[:-1]):

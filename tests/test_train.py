@@ -311,7 +311,7 @@ MISTAKES = {
     "another mode's run": (["--mode", "frm", "--resume", "--init", "{sft}", "--out", "{runs}/sft"],
                            "was run with --"),
     "step-wise rewards with a branch": (["--mode", "darl", "--init", "{sft}", "--stepwise", "on"],
-                                        "--branch 0"),
+                                        "--branch off"),
     "a late step beyond the first": (["--mode", "refl", "--init", "{sft}", "--refl_last", "4"],
                                      "at most --ddim_steps 3"),
     "difficulty by a missing LPIPS": (["--mode", "darl", "--init", "{sft}", "--lpips_weights",
