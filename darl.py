@@ -84,7 +84,7 @@ class DARL(BranchedLRPO):
 
     def score(self, restored: Tensor, gt: Tensor):
         """LRPO's; on the way, the difficulty of each image and with it lambda."""
-        self.gt, self.d = gt, self.difficulty(restored, gt)                                  # (P,)
+        self.gt, self.d = gt, self.difficulty(restored, gt)                     # d: (P,)
         self.mean = self.d.mean() if self.mean is None else self.mean
         self.blend_weights = blend_weight(self.d / self.mean, self.settings.blend)      # (P,)
         self.mean = self.mean.lerp(self.d.mean(), 1 - MEAN_DECAY)

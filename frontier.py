@@ -80,8 +80,8 @@ def frontier(rows: dict, points: dict, name: str) -> dict[str, tuple[float, floa
 def verdict(label: str, name: str, distance: float, error: float) -> str:
     """One sentence: beyond, on or behind the frontier, from two standard errors on."""
     place = "on" if not abs(distance) > 2 * error else "beyond" if distance > 0 else "behind"
-    return (f"{label} lies {place} the sampler's frontier: its {name} is better by {distance:+.4f} "
-            f"± {error:.4f} than the sampler's at the same PSNR, or at the nearest it reaches")
+    return (f"{label} lies {place} the sampler's frontier: {distance:+.4f} ± {error:.4f} in {name} "
+            "(above 0 is better) against the sampler at the same PSNR, or the nearest it reaches")
 
 
 def draw_frontier(path, rows: dict, points: dict, names: list[str], first: str):

@@ -233,7 +233,7 @@ def plan(args, net, photos: int, start: int) -> str:
     text = (f"{args.mode}: {photos:,} training photos of {args.size} px, {size:.2f} M parameters, "
             f"steps {start} to {args.steps} of {args.batch_size} images")
     if args.mode in ("lrpo", "darl"):
-        text += (f" x {args.group} restorations of {args.ddim_steps} DDIM steps")
+        text += f" x {args.group} restorations of {args.ddim_steps} DDIM steps"
     if args.mode in METHODS:
         text += f"; rewards {args.rewards}"
     limit = "" if args.minutes is None else f"; at most {args.minutes:.2g} minutes"

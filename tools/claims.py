@@ -67,11 +67,15 @@ COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "reward": "rewa
 
 
 def folder(arm: str) -> str:
+    """The name of an arm's run folder."""
     return "".join(c if c.isalnum() else "_" for c in arm)
 
 
 def call(*command):
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    """Run one of the project's programs; where it fails, its own sentence is the last word."""
+    status = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
+    if status:
+        sys.exit(status)
 
 
 def run_seed(root: Path, mode: str, seed: int, minutes: float, weights: list[str]):
