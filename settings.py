@@ -112,7 +112,12 @@ def blend(text: str) -> str:
 
 def auto_weight(text: str):
     """An argparse type: auto, or a number of 0 or more."""
-    return text if text == "auto" else amount(text)
+    if text == "auto":
+        return text
+    try:
+        return amount(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor auto") from None
 
 
 def parser() -> argparse.ArgumentParser:
