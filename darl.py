@@ -1,53 +1,69 @@
-"""DARL: reinforcement learning for the faces that are hard, supervision for those that are easy.
+"""DARL: reinforcement learning for difficult faces, supervised training for easy ones.
 
-Paper    "Difficulty-adaptive RL with an IQA reward" (Xu et al. 2025, arXiv 2511.01645). No code of
-         it is public and only its abstract is known to us: every formula here is our reading.
-Claims   of the abstract, in our words; each can be put to the test by a flag:
-           1. an image quality score without ground truth is the better reward, because supervised
-              training has used up what the ground truth can teach          --rewards
-           2. RL is for hard samples, those far from their ground truth     --blend hard, easy, 1
-           3. as samples come near, supervised training is blended in, by a weight that follows
-              their relative difficulty                                     --blend adaptive, .5
-           4. rewards are given step by step along the trajectory (off)     --stepwise on
-           5. a KL term keeps the policy near the pretrained one (off)      --kl_weight .1
+Paper    "Difficulty-adaptive RL with an IQA reward" (Xu et al. 2025, arXiv 2511.01645). Its code is
+         not public, and we know only the abstract: every formula here is our reading of it.
+Claims   of the abstract, in our words, and the flags that test them:
+           1. An image quality score without ground truth is the better reward, because supervised
+              training has already used the ground truth.                   --rewards
+           2. RL is for hard samples, those far from their ground truth.    --blend hard, easy, 1
+           3. As samples come near, supervised training is blended in, with a weight that follows
+              their relative difficulty.                                    --blend adaptive, .5
+           4. Rewards are given step by step along the trajectory (off).    --stepwise on
+           5. A KL term keeps the policy near the pretrained one (off).     --kl_weight .1
 Reading  (ours) For each LQ image i of a rollout, with its group of G restorations:
-           d_i      = their mean distance from the ground truth: LPIPS where loaded, else L1
+           d_i      = mean distance from the ground truth, LPIPS or L1      `difficulty`
            rho_i    = d_i / running mean of d
-           lambda_i = rho_i / (1 + rho_i)                   1/2 at the mean, towards 1 when hard
+           lambda_i = rho_i / (1 + rho_i)                                   `blend_weight`
            L        = mean over i of lambda_i L_RL + w (1 - lambda_i) L_SFT  + beta KL(pi || pi_ref)
-         L_RL is lrpo.py's clipped policy gradient on steered.py's branched rollout; L_SFT is SFT's
-         loss on the same images; w balances the two.
+         L_RL is the clipped policy gradient of lrpo.py on the branched rollout of steered.py, L_SFT
+         the loss of SFT on the same images; w balances the two.            `loss`
 """
 import copy
 from dataclasses import dataclass, field
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from lrpo import setting
 from steered import BranchedLRPO, BranchedSettings, gaussian_kl
+from support.cli import UserError, setting, share
 
-MEAN_DECAY = 0.95       # ours: a running mean over some twenty rollouts, as the policy improves
+MEAN_DECAY = 0.95       # ours: a running mean over about twenty rollouts, as the policy improves
+
+
+def blend(text: str) -> str:
+    """An argparse type: adaptive, hard, easy or a number from 0 to 1."""
+    if text not in ("adaptive", "hard", "easy"):
+        share(text)
+    return text
 
 
 @dataclass
 class DARLSettings(BranchedSettings):
-    """LRPO's settings but for its loss weights, and DARL's own. No published value is known."""
+    """LRPO's settings without its loss weights, and DARL's own. No published value is known.
+
+    UserError for step-wise rewards with a branch: the members of a group share the state before the
+    branch, so that its score cancels in the advantage."""
     pg_weight: float = field(default=1.0, init=False)
     gt_weight: float = field(default=0.0, init=False)
     gt_last: int = field(default=0, init=False)
     blend: str = setting("adaptive", None, "share of RL in an image's loss: adaptive, hard (above "
-                         "the mean difficulty only), easy, or a number from 0 to 1")
+                         "the mean difficulty only), easy, or a number from 0 to 1", type=blend)
     sft_weight: float = setting(0.2, None, "weight of the supervised loss")
-    kl_weight: float = setting(0.0, None, "weight of the KL from the policy it started as")
-    stepwise: str = setting("off", None, "credit each step with what is gained after it",
+    kl_weight: float = setting(0.0, None, "weight of the KL from the starting policy")
+    stepwise: str = setting("off", None, "credit each step with the reward gained after it",
                             choices=["on", "off"])
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stepwise == "on" and self.branch == "on":
+            raise UserError("--stepwise on: needs --branch off (and a smaller --batch_size)")
 
 
 def blend_weight(rho: Tensor, blend: str) -> Tensor:
-    """lambda of relative difficulty rho (P,): "adaptive" (the method), "hard" or "easy" (RL on one
-    side of the mean only), or a number for all. In [0, 1]."""
+    """lambda, the share of RL, from the relative difficulty rho: (P,) -> (P,) in [0, 1].
+
+    "adaptive" is the method: 1/2 at the mean difficulty, towards 1 for hard images. "hard" and
+    "easy" use RL on one side of the mean only; a number is the share of every image."""
     if blend == "adaptive":
         return rho / (1 + rho)
     if blend in ("hard", "easy"):
@@ -55,35 +71,26 @@ def blend_weight(rho: Tensor, blend: str) -> Tensor:
     return torch.full_like(rho, float(blend))
 
 
-def by_quartile(values: Tensor, difficulty: Tensor) -> list[float]:
-    """Mean of `values` (P,) over the easiest quarter of the images, ..., the hardest."""
-    return [part.mean().item() for part in values[difficulty.argsort()].tensor_split(4)
-            if len(part)]
-
-
 class DARL(BranchedLRPO):
-    """LRPO's rollout and policy gradient; the loss blended with SFT's by difficulty.
+    """LRPO's rollout and policy gradient, with a loss blended with SFT's by difficulty.
 
-    ValueError for step-wise rewards with a branch: the members of a group share the state in which
-    they part, so that its score would cancel.
-    best.pt is chosen by the rewarded score, which can be hacked: last.pt is what is compared.
+    best.pt is chosen by the reward, which can be hacked, so last.pt is what is compared.
     """
 
     def __init__(self, net, diffusion, reward, generator, settings, lpips=None):
         super().__init__(net, diffusion, reward, generator, settings)
-        if settings.stepwise == "on" and self.branch:
-            raise ValueError("step-wise rewards need --branch off")
         self.lpips, self.mean = lpips, None
         self.reference = copy.deepcopy(net).requires_grad_(False)
 
     def difficulty(self, restored: Tensor, gt: Tensor) -> Tensor:
-        """d_i, the mean distance of a group's members from the ground truth: (B, ...) -> (P,)."""
+        """d_i, the mean distance of a group's members from the ground truth: (B, 3, H, W) each ->
+        (P,). LPIPS if it is loaded, else L1."""
         restored = restored.clamp(-1, 1)
         d = 1 - self.lpips(restored, gt) if self.lpips else (restored - gt).abs().mean((1, 2, 3))
         return d.view(-1, self.settings.group).mean(dim=1)
 
     def score(self, restored: Tensor, gt: Tensor):
-        """LRPO's; on the way, the difficulty of each image and with it lambda."""
+        """As LRPO's. It also sets the difficulty and lambda of each image, (P,) each."""
         self.gt, self.d = gt, self.difficulty(restored, gt)                     # d: (P,)
         self.mean = self.d.mean() if self.mean is None else self.mean
         self.blend_weights = blend_weight(self.d / self.mean, self.settings.blend)      # (P,)
@@ -91,8 +98,8 @@ class DARL(BranchedLRPO):
         return super().score(restored, gt)
 
     def assign_advantages(self, steps, rewards: Tensor, weights: Tensor):
-        """Step-wise: a step is credited with what the score still gained after it, R(x_0) minus the
-        score of x0_hat as it was before the step."""
+        """As LRPO's. Step-wise: a step is credited with the reward gained from it on, R(x_0) minus
+        the reward of x0_hat before the step."""
         if self.settings.stepwise == "off":
             return super().assign_advantages(steps, rewards, weights)
         for step, w in zip(steps, weights):
@@ -100,7 +107,7 @@ class DARL(BranchedLRPO):
             super().assign_advantages([step], gained, [w])
 
     def loss(self, step, lq: Tensor, gt: Tensor, mu: Tensor, sigma: Tensor, pg: Tensor):
-        """lambda_i L_RL + w (1 - lambda_i) L_SFT + beta KL, and its terms by name."""
+        """lambda_i L_RL + w (1 - lambda_i) L_SFT + beta KL, a scalar, and its terms by name."""
         settings, G = self.settings, self.settings.group
         lam = self.blend_weights                                                # (P,)
         rl = (lam.repeat_interleave(G) * pg).mean()
@@ -116,27 +123,15 @@ class DARL(BranchedLRPO):
         return loss, {"pg_loss": rl, "sft_loss": sft, **terms}
 
     def step(self, batch) -> dict[str, float]:
+        """As LRPO's. The metrics also hold difficulty and lambda, their mean and standard deviation
+        over the images."""
         stats = super().step(batch)
-        lam = self.blend_weights
-        stats |= {"difficulty": self.d.mean().item(), "lambda": lam.mean().item(),
-                  "lambda_std": lam.std(correction=0).item()}
-        for name, values in (("difficulty", self.d), ("lambda", lam)):
-            stats |= {f"{name}_q{q}": v for q, v in enumerate(by_quartile(values, self.d), 1)}
+        for name, values in (("difficulty", self.d), ("lambda", self.blend_weights)):
+            stats |= {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
         return stats
 
-    def picture(self, rows: list[dict], folder):
-        """blend.png: lambda against difficulty, each rollout's quartiles, coloured by step."""
-        points = [(float(row[f"difficulty_q{q}"]), float(row[f"lambda_q{q}"]), int(row["step"]))
-                  for row in rows for q in range(1, 5) if row.get(f"lambda_q{q}", "") != ""]
-        fig = Figure(figsize=(6, 4))
-        ax = fig.subplots()
-        d, lam, step = zip(*points)
-        fig.colorbar(ax.scatter(d, lam, c=step, s=10), label="rollout")
-        ax.set(xlabel="difficulty (mean of a quartile)", ylabel="lambda, the share of RL")
-        fig.tight_layout()
-        fig.savefig(folder / "blend.png", dpi=80)
-
     def state_dict(self) -> dict:
+        """What a resumed run needs beside network and optimiser."""
         return {"mean": self.mean, "reference": self.reference.state_dict()}
 
     def load_state_dict(self, state: dict):

@@ -1,34 +1,42 @@
-"""The Face Reward Model: a network learns from pairs what a good face looks like.
+"""The Face Reward Model: a network learns from pairs of pictures what a good face looks like.
 
-Paper    DiffusionReward (Wu et al. 2025, arXiv 2505.17910): preference pairs, the pair loss, and
-         `ClipFaceRewardModel`, CLIP ViT-H-14 tuned on people's preferences (HPSv2's, to start).
-Departs  Ours by default is a small network without text, trained here in a minute on pairs whose
-         order is known. For CLIP one sentence (`CAPTION`) stands in for a caption of each photo.
-Found    (docs/results.md) Taught by blurred and compressed pictures alone, it puts a photo with
-         grain on it above the photo in 99 of 100 pairs. Hence `spoil`, which mends that; a policy
-         gradient or ReFL with nothing to hold it still fools the model.
+Paper    DiffusionReward (Wu et al. 2025, arXiv 2505.17910): preference pairs, the pair loss, labels
+         in two stages, and CLIP ViT-H-14 tuned on preferences (`ClipFaceRewardModel`).
+Steps    of the training:
+         1. Make pairs (better, worse) whose order is known.              `FaceRewardTraining.pairs`
+         2. Optionally let an SVM label pairs whose order is not known.   support/labels.py
+         3. Raise the score of the better picture over the other's.       `pair_loss`
+Departs  Ours by default is a small network without text, trained here in a minute. For CLIP one
+         sentence (`CAPTION`) stands in for a caption of each photo.
+Found    (docs/results.md) Trained on blurred and compressed pictures alone, the model prefers a
+         noisy photo to the photo itself in 99 of 100 pairs. `add_artefacts` mends that. Even so, a
+         policy gradient or ReFL without any regularisation hacks the model.
 
-Both models have one interface: `score(x)` is the Bradley-Terry strength in logits, (B,), which the
-pair loss compares; calling the model gives the reward, (B,), higher better.
-Pairs whose order is not known are labelled in labels.py: python frm.py --ckpt runs/sft/last.pt
+Both models have one interface: `score(x)` is the Bradley-Terry score in logits, (B,), which the
+pair loss compares. Calling the model gives the reward, (B,), higher is better.
 """
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipiqa import build_clip, normalise
-from data import UserError, degrade, draw_degradation, run_main, to_float, to_uint8
-from model import gaussian, load_tensors, norm
+from model import gaussian, norm, restore
+from rewards import dwt, psnr, ssim
+from support.checkpoint import load_tensors
+from support.cli import UserError, above_zero, setting
+from support.clipiqa import build_clip, normalise
+from support.data import Photos, graded, pairs
 
 
 class FaceRewardModel(nn.Module):
-    """A no-reference score of a face (B, 3, H, W); at least 16 px a side, any size above.
+    """Our no-reference score of a face, a small convolutional network.
 
-    `score` is the Bradley-Terry strength, in logits. The pair loss fixes only differences, so the
-    reward is the score standardised over training pictures (`calibrate`) and squashed: (0, 1).
+    The pair loss fixes only differences of scores. So the reward is the score, standardised over
+    the training pictures (`calibrate`) and squashed by a sigmoid: (0, 1).
     """
-    WIDTHS = (32, 64, 96, 128)      # ours: 0.2 M parameters learn in a minute on two cores
+    WIDTHS = (32, 64, 96, 128)      # ours: 0.2 M parameters, which learn in a minute on two cores
 
     def __init__(self):
         super().__init__()
@@ -43,31 +51,35 @@ class FaceRewardModel(nn.Module):
         self.register_buffer("std", torch.ones(()))
 
     def trained(self) -> list[nn.Parameter]:
-        """What a reward model's training may move."""
+        """The parameters that training may change."""
         return list(self.parameters())
 
     def score(self, x: Tensor) -> Tensor:
-        return self.out(self.features(x).mean(dim=(2, 3)))[:, 0]        # (B,)
+        """x (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B,), in logits."""
+        return self.out(self.features(x).mean(dim=(2, 3)))[:, 0]
 
     def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
-        return torch.sigmoid((self.score(x) - self.mean) / self.std)    # (B,)
+        """The reward of x (B, 3, H, W) in [-1, 1]: (B,) in (0, 1). y is not used."""
+        return torch.sigmoid((self.score(x) - self.mean) / self.std)
 
     @torch.no_grad()
     def calibrate(self, scores: Tensor):
-        """Keep a running mean and spread of the scores, over some twenty batches (ours)."""
+        """Running mean and standard deviation of the scores (B,), over about 20 batches (ours)."""
         self.mean.lerp_(scores.mean(), 1 / 20)
         self.std.lerp_(scores.std(), 1 / 20)
 
 
 CLIP_ARCHITECTURE = "ViT-H-14"          # HPSv2's, and so DiffusionReward's
-TRAINED_IMAGE, TRAINED_TEXT = 20, 11    # DiffusionReward: the last blocks of each tower train
-CAPTION = "a clear, natural photo of a face"     # ours: no captions here; the paper has one a photo
+TRAINED_IMAGE = 19      # DiffusionReward: lock_image_tower(20) leaves 19 blocks, ln_post and proj
+TRAINED_TEXT = 11       # DiffusionReward: the last blocks of the text tower
+CAPTION = "a clear, natural photo of a face"    # ours: the paper has a caption for each photo
 
 
 class ClipFaceRewardModel(nn.Module):
-    """The papers' model: the cosine of picture and caption embedding, (B,) in [-1, 1].
+    """The papers' model: the cosine of the image's and the caption's embeddings.
 
-    `clip`: a CLIP with a ViT, from `build_clip`. Pictures of any size are resized to its own.
+    `clip` is a CLIP with a ViT, from `build_clip`. Images are resized to its own size bilinearly,
+    as by the published Resize(224).
     """
 
     def __init__(self, clip: nn.Module):
@@ -78,27 +90,34 @@ class ClipFaceRewardModel(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)        # (1, 77)
 
     def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
-        x = F.interpolate(normalise(x), self.clip.visual.image_size, mode="bicubic", antialias=True)
+        """The reward of x (B, 3, H, W) in [-1, 1]: (B,) in [-1, 1]. y is not used."""
+        x = F.interpolate(normalise(x), self.clip.visual.image_size, mode="bilinear",
+                          antialias=True)
         image = self.clip.encode_image(x, normalize=True)               # (B, E)
         text = self.clip.encode_text(self.tokens, normalize=True)       # (1, E)
         return (image * text).sum(dim=1)                                # (B,)
 
     def trained(self) -> list[nn.Parameter]:
-        blocks = (self.clip.visual.transformer.resblocks[-TRAINED_IMAGE:],
-                  self.clip.transformer.resblocks[-TRAINED_TEXT:])
-        return [p for part in blocks for p in part.parameters()]
+        """The parameters that training may change, as in the published code."""
+        visual = self.clip.visual
+        layers = (*visual.transformer.resblocks[-TRAINED_IMAGE:], visual.ln_post,
+                  *self.clip.transformer.resblocks[-TRAINED_TEXT:])
+        return [visual.proj, self.clip.logit_scale, *(p for u in layers for p in u.parameters())]
 
     def score(self, x: Tensor) -> Tensor:
-        return self.clip.logit_scale.exp() * self(x)                    # (B,)
+        """x (B, 3, H, W) in [-1, 1] -> (B,), in logits."""
+        return self.clip.logit_scale.exp() * self(x)
 
     def calibrate(self, scores: Tensor):
-        """Nothing to do: a cosine has its range already."""
+        """Does nothing: a cosine has its range already."""
 
 
 def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
-    """The model that a file holds: one of ours (--mode frm), or the published FaceRewardModel.pth,
-    a dict whose `state_dict` is an open_clip model's. `config`: of a CLIP other than ViT-H-14.
-    `size`: of the pictures to be judged, in pixels; ours must have been trained at that size."""
+    """The model in a file: one of ours (--mode frm), or the published FaceRewardModel.pth, a dict
+    whose `state_dict` is an open_clip model's. UserError if the file is neither.
+
+    `config`: of a CLIP other than ViT-H-14. `size`: side of the images to be scored, in pixels;
+    UserError if a model of ours was trained at another size."""
     remedy = "train one with train.py --mode frm, or use --rewards ssim=.5,dwt=.5"
     source, state = f"--frm_weights {path}", load_tensors(path, "--frm_weights", remedy)
     ours = isinstance(state, dict) and state.get("mode") == "frm"
@@ -120,17 +139,25 @@ def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
 
 
 def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
-    """-log P(better preferred to worse) under Bradley and Terry, from two scores (B,): a scalar."""
+    """-log P(better preferred to worse) in the Bradley-Terry model, from scores (B,): a scalar."""
     return F.softplus(worse - better).mean()
 
 
-class FaceRewardTraining:
-    """Teaches a FaceRewardModel pairs whose order is known: a photo is better than its degraded
-    self, a mild degradation better than a heavy one, a photo better than its restoration, and
-    photo or restoration better than itself with grain or a cast on it.
+@dataclass
+class FRMSettings:
+    """Default, published value and meaning; a preset may replace the default."""
+    lr: float = setting(1e-3, 2e-6, "learning rate of AdamW")
+    eta: float = setting(1.0, None, "DDIM noise of the restorations in the pairs", type=above_zero)
+    labels: str = setting("known", None, "known (pairs of known order), svm (also pairs that an "
+                          "SVM labels), or a CSV file of a person's labels, which train the SVM")
 
-    `restored`, `photos`: (N, 3, H, W) each, restorations by the model to be rewarded.
-    `labelled`: (better, worse), (M, 3, H, W) each, pairs that a person or an SVM put in order.
+
+class FaceRewardTraining:
+    """Trains a Face Reward Model (mode frm). One `step` is one optimiser step on pairs whose order
+    is known.
+
+    `restored` and `photos` (N, 3, H, W): restorations by the policy to be rewarded, and the photos.
+    `labelled`: (better, worse), (M, 3, H, W) each, pairs that a person or an SVM has labelled.
     """
 
     def __init__(self, model: nn.Module, generator: torch.Generator, restored: Tensor,
@@ -140,21 +167,22 @@ class FaceRewardTraining:
         trained = [p.requires_grad_() for p in model.trained()]
         self.optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
 
-    def pairs(self, lq: Tensor, gt: Tensor):
-        """Four or five kinds of (better, worse), each (B, 3, H, W)."""
+    def pairs(self, lq: Tensor, gt: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """From lq and gt (B, 3, H, W): each kind of pair (better, worse), (B, 3, H, W) each."""
         pick, seed = (torch.randint(n, (k,), generator=self.generator)
                       for n, k in ((len(self.photos), len(gt)), (2 ** 31, 1)))
         mild, heavy = graded(gt, np.random.default_rng(seed.item()))
         clean = torch.cat([gt[::2], self.restored[pick][1::2]])
         kinds = {"degraded": (gt, lq), "graded": (mild, heavy),
                  "restored": (self.photos[pick], self.restored[pick]),
-                 "spoilt": (clean, spoil(clean, self.generator))}
+                 "artefacts": (clean, add_artefacts(clean, self.generator))}
         if self.labelled:
             pick = torch.randint(len(self.labelled[0]), (len(gt),), generator=self.generator)
             kinds["labelled"] = tuple(u[pick] for u in self.labelled)
         return kinds
 
     def step(self, batch) -> dict[str, float]:
+        """batch = (lq, gt), each (B, 3, H, W). Returns the loss and the accuracy of each kind."""
         pairs = self.pairs(*batch)
         scores = {kind: (self.net.score(a), self.net.score(b)) for kind, (a, b) in pairs.items()}
         loss = sum(pair_loss(a, b) for a, b in scores.values()) / len(scores)
@@ -166,26 +194,41 @@ class FaceRewardTraining:
                                         for kind, (a, b) in scores.items()}}
 
 
-GRAIN, CAST = 30 / 255, 0.15    # ours: standard deviations at full strength, of a range of 1
+NOISE, CAST = 30 / 255, 0.15    # ours: standard deviations at full strength, for images in [0, 1]
 
 
-def spoil(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Grain or a colour cast over the picture, of random strength (ours). The blind degradation
-    blurs and enlarges, so that whoever knows only that takes grain for detail."""
+def add_artefacts(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Add noise or a colour cast of random strength to images (B, 3, H, W) in [-1, 1] (ours). The
+    blind degradation only blurs and enlarges: without these a model takes noise for detail."""
     coin, strength = torch.rand(2, len(x), 1, 1, 1, generator=generator).to(x.device)
-    grain = GRAIN * gaussian(x, generator)
+    noise = NOISE * gaussian(x, generator)
     cast = CAST * gaussian(x[:, :, :1, :1], generator)                  # (B, 3, 1, 1)
-    return (x + 2 * strength * torch.where(coin < 0.5, grain, cast)).clamp(-1, 1)
+    return (x + 2 * strength * torch.where(coin < 0.5, noise, cast)).clamp(-1, 1)
 
 
-def graded(gt: Tensor, rng) -> tuple[Tensor, Tensor]:
-    """The same photos, each degraded from the milder and from the heavier half of the ranges."""
-    photos, size = to_uint8(gt).cpu(), gt.shape[-1]
-    return tuple(to_float(torch.stack([degrade(photo, draw_degradation(rng, size, lo, hi), rng)
-                                       for photo in photos])).to(gt.device)
-                 for lo, hi in ((0.0, 0.5), (0.5, 1.0)))
+def metric_vector(x: Tensor, gt: Tensor = None) -> np.ndarray:
+    """What the SVM compares of images (N, 3, H, W): (N, 6), without ground truth (N, 3).
+
+    The log energy of the three finest octaves, which tells blur and noise, then SSIM, low-pass
+    fidelity and PSNR. The paper's metrics are others (ours).
+    """
+    columns, fine = [], x
+    for _ in range(3):
+        coarse = F.avg_pool2d(fine, 2)
+        detail = fine - F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")
+        columns.append((detail.square().mean(dim=(1, 2, 3)) + 1e-8).log())
+        fine = coarse
+    if gt is not None:
+        columns += [ssim(x, gt), dwt(x, gt), psnr(x, gt)]
+    return torch.stack(columns, dim=1).double().cpu().numpy()
 
 
-if __name__ == "__main__":
-    from labels import main     # not above: it needs the rewards, and they need this file
-    run_main(main)
+def unknown_pairs(net, photos: Photos, n: int, K: int, eta: float, seed: int):
+    """Pairs whose order is not known: a, b, gt (n, 3, H, W) each. n photos are degraded twice and
+    restored by `net` in K steps."""
+    index = np.random.default_rng(seed).permutation(len(photos))[:n]
+    device, both = next(net.parameters()).device, []
+    for epoch in (0, 1):        # another epoch is another degradation of the same photo
+        lq, gt = (u.to(device) for u in pairs(photos, index, seed, epoch))
+        both.append(restore(net, lq, K, eta, seed + epoch))
+    return both[0], both[1], gt

@@ -10,46 +10,46 @@ Steps    of the algorithm, in the order of `LRPO.step`:
          4. Weight the advantage of each step by its noise (strategy 3).  `noise_level_weights`
          5. Raise the likelihood of the better trajectories, clipped.     `clipped_loss`
          6. Raise the likelihood of the ground truth (strategy 2).        `gt_likelihood_loss`
-Settings `LRPOSettings`, each with the published value; `--recipe paper` uses all of those. Our own
-         recipe, the default, is in steered.py.
-Departs  The published code noises the ground truth cumulatively, groups images by caption, divides
-         the noise-level weights by the mean over all K steps, drops samples of advantage 0, lets
-         the exponent of the likelihood be positive, and has scaled-linear betas. Here the ground
-         truth is noised once, a group is one LQ image, the mean is over the trained steps, every
-         sample counts, the exponent is at most 0, and betas, warm-up and averaging are our own.
-         The last DDIM step has sigma = 0 and so no density: it is sampled but not trained.
+Settings `LRPOSettings` has the published values; `--recipe paper` uses all of them. Our own recipe,
+         which is the default, is in steered.py.
+Departs  The published code                             here
+         noises the ground truth cumulatively           q(x_s | x_gt), noised once
+         groups images by their caption                 a group is one LQ image
+         divides w_t by the mean sigma of all K steps   by the mean over the trained steps
+         drops samples of advantage 0                   every sample counts in the likelihood
+         lets the exponent of the likelihood be > 0     at most 0
+         has leading steps and scaled-linear betas      trailing steps, DDPM's linear betas
+         trains 49 of 50 steps, "the last 5" of them    the same: the last DDIM step has sigma = 0
+                                                        and no density, so it is only sampled
+         has no warm-up and no average of the weights   both, see settings.py
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model import MAX_GRAD_NORM, Diffusion, gaussian
+from support.cli import above_zero, at_least_two, setting, whole
 
-ADV_EPS = 1e-4              # LRPO's code: keeps a group with little spread from exploding
+ADV_EPS = 1e-4              # LRPO's code: bounds the advantage where the rewards hardly differ
 ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
 TRUST = 1.64                # LRPO's code: its clip range times its D, 1e-4 * 4*64*64
 GT_TEMPERATURE = 40.0       # LRPO's code: L_gt = 1 - exp(log pi / 40)
-NO_SPREAD = 1e-6            # ours: float32 rewards this close are equal
+MIN_STD = 1e-6              # ours: below it the float32 rewards of a group count as equal
 RATIO_SLACK = 1e-5          # ours: a CPU gives exactly 1; a GPU may use another kernel
-
-
-def setting(default, paper, meaning: str, **more):
-    """A field of a settings dataclass with the published value and a line for --help."""
-    return field(default=default, metadata={"paper": paper, "meaning": meaning, **more})
 
 
 @dataclass
 class LRPOSettings:
     """Default, published value and meaning; a preset may replace the default."""
     lr: float = setting(1e-4, 1e-6, "learning rate of AdamW")
-    ddim_steps: int = setting(5, 50, "K, sampling steps")
-    eta: float = setting(1.0, 1.0, "DDIM noise of the rollouts, above 0")
-    group: int = setting(8, 9, "G, restorations of one image, 2 or more")
+    ddim_steps: int = setting(5, 50, "K, sampling steps", type=at_least_two)
+    eta: float = setting(1.0, 1.0, "DDIM noise of the rollouts, above 0", type=above_zero)
+    group: int = setting(8, 9, "G, restorations of one image", type=at_least_two)
     updates: int = setting(1, 1, "passes over a rollout")
     steps_per_update: int = setting(1, 1, "DDIM steps whose mean loss makes one optimiser step "
-                                    "(0: all)")
+                                    "(0: all)", type=whole)
     clip: float = setting(None, None, "clip range of the ratio; left out: 1.64 / D, the published "
                           "1e-4 at D = 4*64*64")
     adv_std: str = setting("group", "batch", "standard deviation in the advantage",
@@ -57,7 +57,7 @@ class LRPOSettings:
     noise_level_weights: str = setting("on", "on", "strategy 3 of LRPO", choices=["on", "off"])
     pg_weight: float = setting(1.0, 1.0, "weight of the policy gradient")
     gt_weight: float = setting(0.001, 0.001, "weight of the ground-truth likelihood; 0: off")
-    gt_last: int = setting(0, 5, "likelihood on the last n trained steps (0: on all)")
+    gt_last: int = setting(0, 5, "likelihood on the last n trained steps (0: on all)", type=whole)
 
 
 def default_clip(D: int) -> float:
@@ -67,9 +67,10 @@ def default_clip(D: int) -> float:
 
 
 def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-    """log N(x; mu, sigma^2 I), averaged over the D dimensions, in float32: (B, 3, H, W) -> (B,).
+    """log N(x; mu, sigma^2 I), averaged over the D dimensions, in float32: x and mu (B, 3, H, W),
+    sigma > 0 a scalar -> (B,).
 
-    The mean, as in DDPO's and LRPO's code: a sum over D overflows the ratio. sigma > 0."""
+    DDPO's and LRPO's code take the mean as well: with the sum over D the ratio overflows."""
     x, mu, sigma = x.float(), mu.float(), sigma.float()
     log_prob = -((x - mu) / sigma) ** 2 / 2 - torch.log(sigma) - math.log(2 * math.pi) / 2
     return log_prob.mean(dim=(1, 2, 3))
@@ -78,30 +79,32 @@ def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
 def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
     """A_i = (R_i - mean of its group) / (std + 1e-4): (P, G) -> (P, G).
 
-    std "group" is the population standard deviation of the group (the paper's figure); "batch" is
+    std "group" takes the population standard deviation of the group (the paper's figure), "batch"
     that of all P * G rewards (the published code). A group whose rewards are equal gets 0.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     group_std = rewards.std(dim=1, keepdim=True, correction=0)          # (P, 1)
     scale = group_std if std == "group" else rewards.std(correction=0)
-    return torch.where(group_std < NO_SPREAD, 0.0, centred / (scale + ADV_EPS))
+    return torch.where(group_std < MIN_STD, 0.0, centred / (scale + ADV_EPS))
 
 
 def noise_level_weights(sigma: Tensor) -> Tensor:
     """w_t = sigma_t / mean of sigma (strategy 3): (n,) -> (n,), mean 1. The paper's reason: the
-    noisy early steps decide more, and so are pushed more."""
+    noisy early steps decide more, so they get a larger advantage."""
     return sigma / sigma.mean()
 
 
 def clipped_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float):
-    """PPO's clipped objective with r = pi / pi_old: the loss (B,) and the ratio r (B,)."""
+    """PPO's clipped objective with r = pi / pi_old; log_prob, old, advantage (B,) -> the loss (B,)
+    and the ratio r (B,)."""
     ratio = torch.exp(log_prob - old)
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
     return loss, ratio
 
 
 def gt_likelihood_loss(log_prob: Tensor) -> Tensor:
-    """L_gt = 1 - exp(log pi(x_gt_{t-1} | x_t, LQ) / 40), exponent at most 0: (B,) in [0, 1)."""
+    """L_gt = 1 - exp(log pi(x_gt_{t-1} | x_t, LQ) / 40), exponent at most 0: log pi (B,) -> (B,) in
+    [0, 1]."""
     return 1 - torch.exp((log_prob / GT_TEMPERATURE).clamp(max=0))
 
 
@@ -113,7 +116,7 @@ class Step:
     x: Tensor                   # (B, 3, H, W)  x_t, the state
     action: Tensor              # (B, 3, H, W)  x_{t-1}
     log_prob: Tensor            # (B,)          log pi_old of the action
-    x0_hat: Tensor              # (B, 3, H, W)  the clean image as predicted from x_t
+    x0_hat: Tensor              # (B, 3, H, W)  the clean image, predicted from x_t
     x_gt: Tensor = None         # (B, 3, H, W)  the ground truth, noised to level s
     advantage: Tensor = None    # (B,)          A_{i,t}
 
@@ -121,13 +124,11 @@ class Step:
 class LRPO:
     """The paper's method. One `step` is one rollout and the optimiser steps on it.
 
-    `net` is trained in place; `reward(x, gt)` returns (total (B,), {name: (B,)}); every random
-    number is drawn from `generator`. ValueError for eta = 0.
+    `net` is trained in place. `reward(x, gt)` returns (total (B,), {name: (B,)}). Every random
+    number is drawn from `generator`.
     """
 
     def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, settings):
-        if settings.eta <= 0:
-            raise ValueError("eta must be above 0: without noise a step has no likelihood")
         self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
         self.settings, self.gt_weight = settings, settings.gt_weight
         self.schedule = diffusion.schedule(settings.ddim_steps)
@@ -182,7 +183,7 @@ class LRPO:
                 {"pg_loss": pg.mean(), "gt_loss": likelihood})
 
     def step(self, batch) -> dict[str, float]:
-        """batch = (lq, gt), each (P, 3, H, W). Returns the metrics of the rollout and updates."""
+        """One rollout and its updates. batch = (lq, gt), each (P, 3, H, W). Returns the metrics."""
         G = self.settings.group
         lq, gt = (u.repeat_interleave(G, dim=0) for u in batch)         # (B, 3, H, W)
         restored, steps = self.rollout(lq)
@@ -200,14 +201,14 @@ class LRPO:
                 first = False
         std = R.view(-1, G).std(dim=1, correction=0)                    # (P,)
         stats = {"reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
-                 "reward_std": std.mean(), "no_spread": (std < NO_SPREAD).float().mean(),
+                 "reward_std": std.mean(), "equal_groups": (std < MIN_STD).float().mean(),
                  **{k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]},
                  "ratio_max": torch.stack([u["ratio_max"] for u in seen]).max()}
         return dict(zip(stats, torch.stack(list(stats.values())).tolist()))
 
     def update(self, steps: list[Step], lq: Tensor, gt: Tensor, first: bool) -> dict[str, Tensor]:
-        """One optimiser step on the mean loss of `steps`. RuntimeError where the ratio of the
-        first update is not 1, because then rollout and update do not see the same policy."""
+        """One optimiser step on the mean loss of `steps`. RuntimeError if the ratio is not 1 at the
+        first update: then rollout and update do not compute the same policy."""
         self.optimizer.zero_grad()
         seen = []
         for step in steps:
@@ -220,7 +221,7 @@ class LRPO:
         ratio = torch.stack([u.pop("ratio") for u in seen])                     # (n, B)
         if first and not (ratio - 1).abs().max() <= RATIO_SLACK:    # `not <=` catches NaN too
             raise RuntimeError(f"the ratio is off 1 by {(ratio - 1).abs().max():.1e} before any "
-                               "update: rollout and update do not see the same policy")
+                               "update: rollout and update do not compute the same policy")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         return {**{k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]},

@@ -1,63 +1,67 @@
 """The restorer: a compact UNet and the diffusion process around it.
 
-Papers   DDPM (Ho et al. 2020): linear noise schedule, q(x_t | x_0).
-         DDIM (Song et al. 2020), eq. 12 and 16: the sampler, eta = 0 (an ODE) to eta = 1 (DDPM).
+Papers   DDPM (Ho et al. 2020): the linear noise schedule, q(x_t | x_0).
+         DDIM (Song et al. 2020), eq. 12 and 16: the sampler; eta = 0 is an ODE, eta = 1 is DDPM.
          v-prediction (Salimans & Ho 2022): v = sqrt(abar) eps - sqrt(1 - abar) x_0.
-         Trailing time steps (Lin et al. 2024): sampling starts at t = T-1, all but pure noise.
-         Preconditioning (EDM, Karras et al. 2022), here around the LQ image: `Diffusion.guess`.
-Departs  The low-quality face (LQ) is concatenated to x_t: no ControlNet, no VAE, no text. No
-         dropout: a policy must give the same likelihood in the rollout and in the update.
+         Trailing time steps (Lin et al. 2024): sampling starts at t = T-1, at almost pure noise.
+         Preconditioning (EDM, Karras et al. 2022), here around the LQ image: `Diffusion.prior_v`.
+Departs  The low-quality face (LQ) is concatenated to x_t. There is no ControlNet, no VAE and no
+         text. There is no dropout: a policy must give the same likelihood in rollout and update.
 
-Contract An image is float32 (B, 3, H, W), RGB, in [-1, 1]. t is int64 (B,), 0 .. T-1; s is the step
-         that t is followed by, with s = -1 the clean image (abar = 1). Outside `Diffusion` nobody
-         sees v or eps, only mu, sigma and x0_hat.
+Contract An image is float32 (B, 3, H, W), RGB, in [-1, 1]. t is an int64 tensor (B,), 0 .. T-1. A
+         sampling step goes from t to s < t, and s = -1 is the clean image (abar = 1). Only
+         `Diffusion` sees v; everything else sees mu, sigma and x0_hat.
 """
 import copy
 import math
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import UserError
+from support.checkpoint import load_tensors
+from support.cli import UserError
+
+MAX_GRAD_NORM = 1.0     # LRPO's code: the gradient of every method is clipped to this norm
+EVAL_ETA = 0.8          # LRPO's code: eta at inference (it trains with 1.0)
+BATCH = 100             # ours: how many images are restored or scored at a time
 
 
 @dataclass
 class Config:
-    """Everything needed to build the network again; a checkpoint carries it as a plain dict."""
+    """Everything needed to build the network again. A checkpoint holds it as a plain dict.
+
+    UserError for a size that the levels cannot halve, or for widths that are no multiple of 4."""
     size: int = 32                  # side of the square image, in pixels
     channels: int = 32              # width of the first level
     mults: tuple = (1, 2, 4)        # width of each level, as a multiple; each level halves the side
-    blocks: int = 1                 # residual blocks a level
-    attention: int = 1              # how many of the lowest levels attend
-    patch: int = 2                  # pixel-unshuffle stem: 2 quarters the cost; 1 is the plain UNet
-    prediction: str = "v"           # the network works on "v" or on "eps"
-    prior: float = 0.15             # see Diffusion.guess; 0 leaves the network on its own
+    blocks: int = 1                 # residual blocks in each level
+    attention: int = 1              # how many of the lowest levels have self-attention
+    patch: int = 2                  # pixel-unshuffle stem: 2 quarters the cost, 1 is a plain UNet
+    prior: float = 0.15             # see Diffusion.prior_v; 0 turns it off
     timesteps: int = 1000           # T (DDPM)
 
     def __post_init__(self):
         self.mults = tuple(self.mults)
         unit = self.patch * 2 ** (len(self.mults) - 1)
         if self.size % unit:
-            raise ValueError(f"size {self.size} must be a multiple of {unit} for this network")
+            raise UserError(f"--size {self.size}: must be a multiple of {unit} for this network")
         if self.channels < 4 or self.channels % 4 or min(self.mults) < 1:
-            raise ValueError("channels must be a multiple of 4 and each of mults 1 or more, not "
-                             f"{self.channels} and {self.mults}")
-        if self.prediction not in ("v", "eps"):
-            raise ValueError(f"prediction must be 'v' or 'eps', not {self.prediction!r}")
+            raise UserError("--channels must be a multiple of 4 and each of --mults 1 or more, not "
+                            f"{self.channels} and {self.mults}")
 
 
 # ---------------------------------------------------------------------------------------------
 # The network
 
 def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(8, channels // 4), channels)    # ours: groups of four channels or more
+    """Group normalisation; each group has four channels or more (ours)."""
+    return nn.GroupNorm(min(8, channels // 4), channels)
 
 
 def zero(layer: nn.Module):
+    """Let a layer start with the output 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
 
@@ -70,7 +74,7 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, twice; the time embedding scales and shifts the second norm."""
+    """norm, SiLU, conv, twice. The time embedding scales and shifts the second norm."""
 
     def __init__(self, cin: int, cout: int, cemb: int):
         super().__init__()
@@ -78,9 +82,10 @@ class ResBlock(nn.Module):
         self.emb = nn.Linear(cemb, 2 * cout)
         self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-        zero(self.conv2)        # each block starts as its skip: a calm first step
+        zero(self.conv2)        # each block starts as its skip connection
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, cin, h, w), emb (B, cemb) -> (B, cout, h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))                           # (B, cout, h, w)
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)  # (B, cout, 1, 1) each
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
@@ -98,6 +103,7 @@ class Attention(nn.Module):
         zero(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
         q, k, v = qkv.transpose(3, 4).unbind(1)                         # (B, heads, HW, C/heads)
@@ -106,9 +112,9 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """(x_t, LQ, t) -> what v (or eps) is beyond `Diffusion.guess`, (B, 3, H, W).
+    """The network. Its output plus `Diffusion.prior_v` is v.
 
-    With `bf16` set it computes in bfloat16, which is quick on GPUs and on CPUs with AMX.
+    `bf16` makes it compute in bfloat16, which is fast on GPUs and on CPUs with AMX.
     """
 
     def __init__(self, config: Config):
@@ -144,6 +150,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)                      # the quick layout for convs
 
     def forward(self, x: Tensor, lq: Tensor, t: Tensor) -> Tensor:
+        """x = x_t and lq (B, 3, H, W), t (B,) -> (B, 3, H, W) in the dtype of x."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             emb = self.time(time_embedding(t, self.config.channels).to(x.dtype))        # (B, 4C)
             h = F.pixel_unshuffle(torch.cat([x, lq], dim=1), self.config.patch)
@@ -169,16 +176,15 @@ class UNet(nn.Module):
 # The process
 
 BETA_FIRST, BETA_LAST = 1e-4, 0.02      # DDPM, section 4
-MAX_GRAD_NORM = 1.0                     # LRPO's code
 
 
 class Diffusion:
-    """The noise schedule and what follows from it. `net(x_t, lq, t)` is the UNet or a stand-in."""
+    """The noise schedule and what follows from it. `net(x_t, lq, t)` is a UNet."""
 
     def __init__(self, config: Config, device="cpu"):
         beta = torch.linspace(BETA_FIRST, BETA_LAST, config.timesteps, dtype=torch.float64)
         self.abar = torch.cumprod(1 - beta, dim=0).float().to(device)   # (T,)
-        self.T, self.prediction, self.prior = config.timesteps, config.prediction, config.prior
+        self.T, self.prior = config.timesteps, config.prior
 
     def abar_at(self, t: Tensor, like: Tensor) -> Tensor:
         """abar_t as (B, 1, 1, 1) in the dtype of `like`; 1 where t = -1, the clean image."""
@@ -189,36 +195,36 @@ class Diffusion:
         a = self.abar_at(t, x0)
         return a.sqrt() * x0 + (1 - a).sqrt() * z
 
-    def guess(self, x: Tensor, lq: Tensor, t: Tensor) -> Tensor:
-        """v (or eps) of a restorer that knows only x_0 ~ N(LQ, prior^2 I): (B, 3, H, W).
+    def prior_v(self, x: Tensor, lq: Tensor, t: Tensor) -> Tensor:
+        """v as predicted by a restorer that knows only x_0 ~ N(LQ, prior^2 I): (B, 3, H, W).
 
-        The network learns what is missing from this guess: EDM's skip connection (Karras et al.
-        2022, table 1, c_skip alone), whose prior is N(0, sigma_data^2 I), around a far better
-        mean. prior = 0.15 is the measured rms of GT - LQ. It was worth 2.8 dB after two minutes
-        of SFT on one core (800 steps of 16 drawn faces: 22.3 dB with it, 19.5 without).
+        The network learns the difference to this prior prediction. It is EDM's skip connection
+        (Karras et al. 2022, table 1, c_skip alone) with the mean LQ instead of 0. prior = 0.15 is
+        the measured root mean square of GT - LQ. It gains 2.8 dB after two minutes of SFT on one
+        core (800 steps of 16 drawn faces: 22.3 dB with it, 19.5 dB without).
         """
         a = self.abar_at(t, x)
-        k = self.prior ** 2 / (self.prior ** 2 + (1 - a) / a)   # how far to trust x_t over LQ
+        k = self.prior ** 2 / (self.prior ** 2 + (1 - a) / a)   # weight of x_t against LQ
         x0 = lq + k * (x / a.sqrt() - lq)
         eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
-        return eps if self.prediction == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x0
+        return a.sqrt() * eps - (1 - a).sqrt() * x0
 
     def predict(self, net, x: Tensor, lq: Tensor, t: Tensor) -> Tensor:
-        """v (or eps), as the network and the guess together say: (B, 3, H, W)."""
+        """The predicted v: the network's output plus the prior prediction, (B, 3, H, W)."""
         out = net(x, lq, t)
-        return out + self.guess(x, lq, t) if self.prior else out
+        return out + self.prior_v(x, lq, t) if self.prior else out
 
     def loss(self, net, lq: Tensor, gt: Tensor, generator: torch.Generator) -> Tensor:
-        """The supervised loss: mean squared error of v (or eps) at a uniform t. Returns (B,)."""
+        """The supervised loss, the mean squared error of v at a uniform t: (B,)."""
         t = torch.randint(self.T, (len(gt),), generator=generator).to(gt.device)
         z = gaussian(gt, generator)
         a = self.abar_at(t, gt)
-        target = z if self.prediction == "eps" else a.sqrt() * z - (1 - a).sqrt() * gt
+        v = a.sqrt() * z - (1 - a).sqrt() * gt
         out = self.predict(net, self.q_sample(gt, t, z), lq, t)
-        return (out - target).square().mean(dim=(1, 2, 3))
+        return (out - v).square().mean(dim=(1, 2, 3))
 
     def schedule(self, K: int) -> list[tuple[int, int]]:
-        """K pairs (t, s), noisiest first, evenly spaced and ending at s = -1. UserError
+        """K sampling steps (t, s), noisiest first, evenly spaced, the last with s = -1. UserError
         unless 1 <= K <= T."""
         if not 1 <= K <= self.T:
             raise UserError(f"--ddim_steps: the number of sampling steps is 1 to {self.T}, not {K}")
@@ -231,39 +237,37 @@ class Diffusion:
         return abar[t], abar[s] if s >= 0 else torch.ones_like(abar[t])
 
     def sigma(self, t: int, s: int, eta: float) -> Tensor:
-        """Standard deviation of the step t -> s (DDIM eq. 16), a float64 scalar. It is 0 at eta = 0
-        and at the last step, s = -1."""
+        """Standard deviation of the step t -> s (DDIM eq. 16), a float64 scalar. It is 0 for
+        eta = 0 and in the last step, s = -1."""
         a, a_prev = self.levels(t, s)
         return eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()
 
     def ddim_mean(self, x0: Tensor, eps: Tensor, t: int, s: int, eta: float) -> Tensor:
-        """Mean of the step t -> s for a clean image x0 and the noise eps (DDIM eq. 12): as x0."""
+        """Mean of the step t -> s, given the clean image x0 and the noise eps (DDIM eq. 12), all
+        (B, 3, H, W)."""
         _, a_prev = self.levels(t, s)
         direction = (1 - a_prev - self.sigma(t, s, eta) ** 2).clamp(min=0).sqrt()
         return a_prev.sqrt() * x0 + direction * eps
 
     def posterior_mean(self, x: Tensor, x0: Tensor, t: int, s: int, eta: float) -> Tensor:
-        """Mean of q(x_s | x_t, x_0), the step of a sampler that knows x0 (DDIM eq. 7; at eta = 1
-        DDPM eq. 7): as x. Its standard deviation is `sigma`."""
+        """Mean of q(x_s | x_t, x_0), the step of a sampler that knows x0 (DDIM eq. 7; for eta = 1
+        DDPM eq. 7), all (B, 3, H, W). Its standard deviation is `sigma`."""
         a, _ = self.levels(t, s)
         return self.ddim_mean(x0, (x - a.sqrt() * x0) / (1 - a).sqrt(), t, s, eta)
 
     def ddim_step(self, net, x: Tensor, lq: Tensor, t: int, s: int, eta: float):
         """One step t -> s as a Gaussian (DDIM eq. 12 and 16): x_s ~ N(mu, sigma^2 I).
 
-        Returns mu (B, 3, H, W), sigma (a scalar tensor), x0_hat (B, 3, H, W).
+        Returns mu (B, 3, H, W), sigma (a float64 scalar), x0_hat (B, 3, H, W), not clamped.
         """
         level = torch.full((len(x),), t, device=x.device)
-        a, out = self.abar_at(level, x), self.predict(net, x, lq, level)
-        if self.prediction == "eps":
-            eps, x0_hat = out, (x - (1 - a).sqrt() * out) / a.sqrt()
-        else:
-            eps, x0_hat = a.sqrt() * out + (1 - a).sqrt() * x, a.sqrt() * x - (1 - a).sqrt() * out
+        a, v = self.abar_at(level, x), self.predict(net, x, lq, level)
+        eps, x0_hat = a.sqrt() * v + (1 - a).sqrt() * x, a.sqrt() * x - (1 - a).sqrt() * v
         return self.ddim_mean(x0_hat, eps, t, s, eta), self.sigma(t, s, eta), x0_hat
 
     @torch.no_grad()
     def sample(self, net, lq: Tensor, K: int, eta: float, generator: torch.Generator) -> Tensor:
-        """Restore lq (B, 3, H, W) in K steps; the result is clamped to [-1, 1]."""
+        """Restore lq (B, 3, H, W) in K steps, clamped to [-1, 1]."""
         x = gaussian(lq, generator)
         for t, s in self.schedule(K):
             mu, sigma, _ = self.ddim_step(net, x, lq, t, s, eta)
@@ -276,81 +280,20 @@ def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
-class SFT:
-    """Supervised training: the mean squared error of v at a random noise level."""
-
-    def __init__(self, net, diffusion, generator, lr):
-        self.net, self.diffusion, self.generator = net, diffusion, generator
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
-
-    def step(self, batch):
-        loss = self.diffusion.loss(self.net, *batch, self.generator).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
-        return {"loss": loss.item(), "grad_norm": grad_norm.item()}
-
-
-class EMA:
-    """An exponential moving average of the weights; it is what gets evaluated and sampled from."""
-
-    def __init__(self, net: nn.Module, decay: float, from_scratch: bool = True):
-        self.from_scratch = from_scratch
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self.decay, self.updates = decay, 0
-
-    @torch.no_grad()
-    def update(self, net: nn.Module):
-        self.updates += 1
-        decay = self.decay
-        if self.from_scratch:   # average over the few steps there are, or the random start lingers
-            decay = min(decay, (1 + self.updates) / (10 + self.updates))
-        for mine, theirs in zip(self.net.parameters(), net.parameters()):
-            mine.lerp_(theirs, 1 - decay)
-        for mine, theirs in zip(self.net.buffers(), net.buffers()):
-            mine.copy_(theirs)
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: one file of plain types, so that torch.load(weights_only=True) reads it
-
-def load_tensors(path, flag: str, remedy: str = "") -> dict:
-    """A file of plain types; never one that could run code. UserError names flag and remedy."""
-    remedy = remedy and f"; {remedy}"
-    if not Path(path).is_file():
-        what = "a folder, not the last.pt in it" if Path(path).is_dir() else "no such file"
-        raise UserError(f"{flag} {path}: {what}{remedy}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # torch raises many kinds; each means: not such a file
-        raise UserError(f"{flag} {path}: not a PyTorch file of plain tensors, or a damaged one "
-                        f"({type(error).__name__}){remedy}") from None
-
-
-def save_checkpoint(path, state: dict):
-    """Write to a temporary name, then move into place: a stopped run leaves no half a file."""
-    part = f"{path}.part"
-    torch.save(state, part)
-    os.replace(part, path)
+def restore(net, lq: Tensor, K: int, eta: float, seed: int) -> Tensor:
+    """Restore lq (N, 3, H, W), `BATCH` at a time. The noise depends on seed and N alone."""
+    generator, diffusion = torch.Generator().manual_seed(seed), Diffusion(net.config, lq.device)
+    return torch.cat([diffusion.sample(net, u, K, eta, generator) for u in lq.split(BATCH)])
 
 
 def load_restorer(path, device="cpu", flag: str = "--ckpt") -> tuple[UNet, dict]:
-    """The network with its averaged weights, ready to restore, and the whole checkpoint."""
+    """The network with its averaged weights, ready to restore, and the whole checkpoint. UserError
+    naming `flag` if the file is not a restorer's checkpoint."""
     state = load_tensors(path, flag)
     if not isinstance(state, dict) or not state.get("config"):
         raise UserError(f"{flag} {path}: not a restorer's checkpoint of train.py")
+    if state["config"].keys() != {f.name for f in fields(Config)}:
+        raise UserError(f"{flag} {path}: from another version of this program; train it again")
     net = UNet(Config(**state["config"]))
     net.load_state_dict(state["ema"])
     return net.to(device).eval(), state
-
-
-def pick_device(name: str) -> torch.device:
-    """'auto' is a CUDA GPU where there is one; UserError for a device that is not there."""
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" \
-            else torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: no such device here; --device cpu works") from None
-    return device

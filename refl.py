@@ -1,43 +1,71 @@
-"""ReFL: a reward's gradient through the last denoising steps, and a reward model that keeps up.
+"""ReFL: the gradient of a reward through a late denoising step, with an up-to-date reward model.
 
-Papers   DiffusionReward (Wu et al. 2025, arXiv 2505.17910); ReFL is of ImageReward (Xu et al. 2023,
-         arXiv 2304.05977).
-Idea     Sample without gradient to one of the last steps, take that one step with gradient to
-         x0_hat, and descend
-           L_reward   sum of w (1 - term) over --rewards    up with the reward
-         + L_struct   --struct_weight                       keep layout and colours of the photo
-         + L_reg      --reg_weight, --reg                   stay near the network it was
-         + L_denoise  --denoise_weight                      the supervised loss, at any noise level
-         A reward model that stands still can be fooled: the network finds what it scores well and
-         no face has. So every --frm_update_every steps the Face Reward Model takes a step of its
-         own: the photo is preferred to this restoration.
-Departs  - Published code: reward .005, LPIPS .01, struct .01, reg 1e-4. Ours (tiny): face .1 and
-           SSIM .4, struct 15, reg .01, denoise 20, which hold PSNR while `face` rises. Nearest to
-           it: --rewards face=1 --struct_weight 8 --reg_weight .02 --denoise_weight 0 (struct counts
-           fourfold: our low-pass has gain 1, the band 4).
-         - L_denoise: ImageReward's paper blends its pre-training loss in; its code leaves that out.
-         - Published code compares a ControlNet's features; here the output of every residual block.
-         - At an update of the reward model the photo is also preferred to its degraded self, or it
-           forgets; lr 1e-4, not 2e-6, for a small network. (CLIP's: --frm_lr 2e-6.) The loss weight
-           of .1 is left out: AdamW's step does not depend on it. Its scale is not calibrated anew,
-           so compare runs by `heldout_r_face`, the score of the model that it started as.
+Papers   DiffusionReward (Wu et al. 2025, arXiv 2505.17910). ReFL is from ImageReward (Xu et al.
+         2023, arXiv 2304.05977).
+Steps    of the algorithm, in the order of `ReFL.step`:
+         1. Sample without gradient from noise to one of the last steps.     `ReFL.roll`
+         2. Take that one step with gradient, to x0_hat.                     `ReFL.losses`
+         3. Descend the sum of four losses:                                  `ReFL.losses`
+              L_reward   sum of w (1 - term) over --rewards    raise the reward
+            + L_struct   --struct_weight                       keep layout and colours of the photo
+            + L_reg      --reg_weight, --reg                   stay near the starting network
+            + L_denoise  --denoise_weight                      the supervised loss
+         4. Every --frm_update_every steps, train the Face Reward Model to prefer the photo to this
+            restoration. A fixed reward model gets hacked.                   `ReFL.update_frm`
+Departs  - Published weights: reward .005, LPIPS .01, struct .01, reg 1e-4. Ours (tiny): face .1 and
+           SSIM .4, struct 15, reg .01, denoise 20, which keep PSNR while `face` rises. Nearest to
+           the published ones: --rewards face=1 --struct_weight 8 --reg_weight .02
+           --denoise_weight 0 (struct counts four times: our low-pass has gain 1, the band 4).
+         - L_denoise is in ImageReward's paper, but not in its code.
+         - Published code compares features of a ControlNet; here the output of each residual block.
+         - Published code clamps x0_hat in L_struct, does not clip the policy's gradient, and gives
+           the reward model weight decay .35, a gradient clip of 1, lr 2e-6, loss weight .1 and its
+           first update at step 0. Here nothing is clamped, the policy's gradient is clipped at 1,
+           and the reward model has AdamW's defaults, lr 1e-4 (it is small; for CLIP --frm_lr 2e-6)
+           and its first update after --frm_update_every steps.
+         - At an update the photo is also preferred to its degraded self, or the model forgets that.
+           It is not calibrated again: compare runs by `heldout_r_face`, of the model at the start.
 """
 import copy
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError
 from frm import pair_loss
 from model import MAX_GRAD_NORM, Diffusion, ResBlock, gaussian
 from rewards import low_pass
+from support.cli import UserError, setting, whole
+
+
+@dataclass
+class ReFLSettings:
+    """Default, published value and meaning; a preset may replace the default. UserError for
+    refl_last > ddim_steps."""
+    lr: float = setting(1e-4, 5e-5, "learning rate of AdamW")
+    ddim_steps: int = setting(5, 50, "K, sampling steps")
+    refl_last: int = setting(2, 2, "the step with gradient is one of the last n")
+    struct_weight: float = setting(15.0, 0.01, "weight of L_struct, low-pass L1 to the photo")
+    reg_weight: float = setting(0.01, 1e-4, "weight of L_reg, the distance from the starting "
+                                "network")
+    reg: str = setting("features", "features", "what L_reg compares",
+                       choices=["features", "weights"])
+    denoise_weight: float = setting(20.0, 0.0, "weight of L_denoise, the supervised loss")
+    frm_update_every: int = setting(10, 10, "steps between updates of the reward model (0: none)",
+                                    type=whole)
+    frm_lr: float = setting(1e-4, 2e-6, "learning rate of the reward model")
+
+    def __post_init__(self):
+        if self.refl_last > self.ddim_steps:
+            raise UserError(f"--refl_last {self.refl_last}: at most --ddim_steps {self.ddim_steps}")
 
 
 @contextmanager
 def block_outputs(net):
-    """Collects the output of every residual block of the calls made inside: a list of tensors."""
+    """Collects the output of every residual block in the calls made inside: a list of tensors
+    (B, C, h, w)."""
     kept = []
     hooks = [module.register_forward_hook(lambda _, __, out: kept.append(out))
              for module in net.modules() if isinstance(module, ResBlock)]
@@ -49,109 +77,107 @@ def block_outputs(net):
 
 
 def feature_distance(features: list[Tensor], frozen: list[Tensor]) -> Tensor:
-    """Mean squared difference of each block's output, summed over the blocks: a scalar."""
-    fine = torch.promote_types(features[0].dtype, torch.float32)        # bfloat16 is too coarse
+    """Mean squared difference of each block's output, summed over the blocks: a scalar. At least in
+    float32."""
+    fine = torch.promote_types(features[0].dtype, torch.float32)
     return sum(F.mse_loss(a.to(fine), b.to(fine)) for a, b in zip(features, frozen))
 
 
 def weight_distance(net, frozen) -> Tensor:
-    """Squared distance of all weights from the frozen copy's, without reference to any image."""
+    """Squared distance of all weights from those of the frozen copy: a scalar."""
     return sum((p - q).square().sum() for p, q in zip(net.parameters(), frozen.parameters()))
 
 
 def structure_loss(x: Tensor, gt: Tensor) -> Tensor:
-    """L1 of the low-pass band, images in [0, 1]: a scalar."""
+    """L_struct, L1 of the low-pass band of images (B, 3, H, W) in [-1, 1], here rescaled to [0, 1]:
+    a scalar."""
     return (low_pass(x) - low_pass(gt)).abs().mean() / 2
 
 
 def check_gradients(reward, size: int, device):
-    """UserError naming the first term that passes no (finite) gradient to the image."""
+    """UserError with the name of the first reward term that has no finite gradient."""
     x, y = torch.rand(2, 1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     for name, term in reward.terms.items():
         score = term(x.requires_grad_(), y)
         gradient = torch.autograd.grad(score.sum(), x)[0] if score.requires_grad else 0 * x
         if not (gradient.isfinite().all() and gradient.any()):
-            raise UserError(f"--rewards {name}: passes no gradient to the image, which refl needs; "
+            raise UserError(f"--rewards {name}: has no gradient to the image, which refl needs; "
                             "leave it out, or use --mode lrpo")
 
 
 class ReFL:
-    """One `step` = one sampling run without gradient, one step with it, one optimiser step.
+    """DiffusionReward's method. One `step` is one sampling run and one optimiser step.
 
-    The reward that is given stays as it is, to measure by; a copy of its `face` is kept up to date.
-    frm_update_every = 0 freezes that copy. UserError for a reward without gradient, ValueError for
-    `last` beyond K.
+    The reward that is given is not changed: it is the metric. A copy of its `face` is kept up to
+    date. UserError for a reward without gradient.
     """
 
-    def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, *, lr=1e-4,
-                 K=10, last=2, struct_weight=15.0, reg_weight=0.01, reg="features",
-                 denoise_weight=20.0, frm_update_every=10, frm_lr=1e-4):
-        if not 1 <= last <= K:
-            raise ValueError(f"last must be 1 to K = {K}, not {last}")
+    def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, settings):
         check_gradients(reward, net.config.size, next(net.parameters()).device)
-        self.net, self.diffusion, self.generator, self.last = net, diffusion, generator, last
-        self.schedule, self.frozen = diffusion.schedule(K), copy.deepcopy(net).requires_grad_(False)
-        self.struct_weight, self.reg_weight, self.reg = struct_weight, reg_weight, reg
-        self.denoise_weight, self.every, self.taken = denoise_weight, frm_update_every, 0
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
+        self.net, self.diffusion, self.generator = net, diffusion, generator
+        self.settings, self.taken = settings, 0
+        self.schedule = diffusion.schedule(settings.ddim_steps)
+        self.frozen = copy.deepcopy(net).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, fused=True)
         self.reward, self.frm = copy.copy(reward), copy.deepcopy(reward.terms.get("face"))
-        if self.frm is None:
-            self.every = 0
-        else:
+        if self.frm is not None:
             self.reward.terms = reward.terms | {"face": self.frm}
-            self.frm_optimizer = torch.optim.AdamW(self.frm.trained(), lr=frm_lr)
+            self.frm_optimizer = torch.optim.AdamW(self.frm.trained(), lr=settings.frm_lr)
 
     @torch.no_grad()
     def roll(self, lq: Tensor, k: int) -> Tensor:
-        """From pure noise to x_t before sampling step k; a fresh eta ~ U(0, 1) at each step."""
+        """From noise to x_t before sampling step k, with a new eta ~ U(0, 1) at each step: lq
+        (B, 3, H, W) -> (B, 3, H, W)."""
         x = gaussian(lq, self.generator)
         for t, s in self.schedule[:k]:
             eta = torch.rand((), generator=self.generator).item()
             mu, sigma, _ = self.diffusion.ddim_step(self.net, x, lq, t, s, eta)
             x = mu + sigma * gaussian(x, self.generator)
-        return x                                                        # (B, 3, H, W)
+        return x
 
     def losses(self, x: Tensor, lq: Tensor, gt: Tensor, k: int):
-        """Every loss at x_t before step k, unweighted; x0_hat (B, 3, H, W); parts of the reward."""
+        """Step k with gradient, from x_t: every loss, a scalar without its weight, by name; x0_hat
+        (B, 3, H, W); the terms of the reward, (B,) each, by name."""
         t, s = self.schedule[k]
         with block_outputs(self.net) as features:
             _, _, x0_hat = self.diffusion.ddim_step(self.net, x, lq, t, s, eta=0)
-        total, parts = self.reward(x0_hat, gt)                          # (B,)
+        total, terms = self.reward(x0_hat, gt)                          # (B,)
         losses = {"reward": sum(self.reward.weights.values()) - total.mean(),
                   "struct": structure_loss(x0_hat, gt)}
-        if self.reg == "weights":
+        if self.settings.reg == "weights":
             losses["reg"] = weight_distance(self.net, self.frozen)
         else:
             with torch.no_grad(), block_outputs(self.frozen) as frozen:
                 self.diffusion.ddim_step(self.frozen, x, lq, t, s, eta=0)
             losses["reg"] = feature_distance(features, frozen)
-        if self.denoise_weight:
+        if self.settings.denoise_weight:
             losses["denoise"] = self.diffusion.loss(self.net, lq, gt, self.generator).mean()
-        return losses, x0_hat, parts
+        return losses, x0_hat, terms
 
     def step(self, batch) -> dict[str, float]:
-        """batch = (lq, gt), each (B, 3, H, W). Returns what happened, as floats."""
+        """One optimiser step. batch = (lq, gt), each (B, 3, H, W). Returns the metrics."""
         lq, gt = batch
-        back = torch.randint(self.last, (), generator=self.generator).item()
+        back = torch.randint(self.settings.refl_last, (), generator=self.generator).item()
         k = len(self.schedule) - 1 - back
-        losses, x0_hat, parts = self.losses(self.roll(lq, k), lq, gt, k)
-        weights = {"reward": 1.0, "struct": self.struct_weight, "reg": self.reg_weight,
-                   "denoise": self.denoise_weight}
+        losses, x0_hat, terms = self.losses(self.roll(lq, k), lq, gt, k)
+        weights = {"reward": 1.0, "struct": self.settings.struct_weight,
+                   "reg": self.settings.reg_weight, "denoise": self.settings.denoise_weight}
         self.optimizer.zero_grad()
         sum(weights[name] * loss for name, loss in losses.items()).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         self.taken += 1
-        stats = {name: part.mean().item() for name, part in parts.items()}
+        stats = {name: term.mean().item() for name, term in terms.items()}
         stats |= {f"loss_{name}": loss.item() for name, loss in losses.items()}
         stats |= {"grad_norm": grad_norm.item(), "late_step": k}
-        if self.every and self.taken % self.every == 0:
+        every = self.settings.frm_update_every
+        if self.frm is not None and every and self.taken % every == 0:
             stats |= self.update_frm(x0_hat.detach().clamp(-1, 1), lq, gt)
         return stats
 
     def update_frm(self, restored: Tensor, lq: Tensor, gt: Tensor) -> dict[str, float]:
-        """The dynamic reward model: one step on (photo preferred to its current restoration) and,
-        so that it does not forget what it knew, (photo preferred to its degraded self)."""
+        """The dynamic reward model: one step on (photo preferred to its restoration) and (photo
+        preferred to its degraded self), images (B, 3, H, W). Returns the metrics."""
         for p in self.frm.trained():
             p.requires_grad_(True)
         photo, worse, worst = (self.frm.score(u) for u in (gt, restored, lq))   # (B,) each
@@ -159,7 +185,7 @@ class ReFL:
         self.frm_optimizer.zero_grad()
         loss.backward()
         self.frm_optimizer.step()
-        self.frm.requires_grad_(False)      # the policy's backward pass has no use for its gradient
+        self.frm.requires_grad_(False)      # the policy's backward pass does not need its gradient
         return {"frm_loss": loss.item(), "frm_accuracy": (photo > worse).float().mean().item()}
 
     def state_dict(self) -> dict:

@@ -2,10 +2,10 @@
 
     python sample.py --ckpt runs/lrpo/last.pt --input photos/ --output restored/
 
-A photo of any size is cut to its centre square and resized to the model's size, and the result is
-written at that size, as a PNG of the same name (a.jpg becomes a.png). The network saw faces that
-fill the picture: crop to the head first. Each photo's noise is drawn from --seed anew, so
-its result does not depend on the others. --sheet writes input | result pairs in one picture.
+A photo of any size is cut to its centre square and resized to the model's size. The result is
+written at that size, as a PNG of the same name (a.jpg becomes a.png). The network was trained on
+faces that fill the picture, so crop to the head first. The noise of each photo is drawn from --seed
+again, so its result does not depend on the others. --sheet writes all pairs in one picture.
 """
 import argparse
 import sys
@@ -14,18 +14,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import UserError, find_photos, has_file, read_photo, run_main, sheet, to_float
-from evaluate import EVAL_ETA, positive, restore, share, whole
-from model import load_restorer, pick_device
+from model import EVAL_ETA, load_restorer, restore
+from support.checkpoint import pick_device
+from support.cli import UserError, is_blocked, positive, run_main, seed, share
+from support.data import find_photos, read_photo, sheet, to_float
 
-SHEET_SIDE = 128        # pixels that each picture of the sheet has at least
+SHEET_SIDE = 128        # ours: the least side of each picture in the sheet, in pixels
 
 
 def outputs(source: Path, output: Path, overwrite: bool = False) -> dict[Path, Path]:
-    """Each input photo and where its restoration goes. UserError where a file would be lost: two
-    inputs of one output, an output that is an input, or one that exists without `overwrite`."""
-    source, output = source.resolve(), output.resolve()     # one file, one name
-    if has_file(output):
+    """Each input photo and the path of its restoration. UserError where a file would be lost: two
+    inputs with one output, an output that is an input, or one that exists without `overwrite`."""
+    source, output = source.resolve(), output.resolve()
+    if is_blocked(output):
         raise UserError(f"--output {output}: is a file, or below one; name a folder")
     photos = {source: output / f"{source.stem}.png"} if source.is_file() else {
         path: output / path.relative_to(source).with_suffix(".png")
@@ -37,12 +38,13 @@ def outputs(source: Path, output: Path, overwrite: bool = False) -> dict[Path, P
                             "rename one of them")
         if target in photos or target.exists() and not overwrite:
             raise UserError(f"--output {output}: {target} is there already and would be lost; "
-                            "choose another folder, or --overwrite for results of before")
+                            "choose another folder, or --overwrite for earlier results")
         seen[target] = path
     return photos
 
 
 def check_sheet(path: Path, overwrite: bool):
+    """UserError if the sheet cannot be written to `path`."""
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise UserError(f"--sheet {path}: name a .png file in a folder that exists")
     if path.exists() and not overwrite:
@@ -50,6 +52,7 @@ def check_sheet(path: Path, overwrite: bool):
 
 
 def main(args):
+    """Restore every photo; those that cannot be read are skipped with a line on stderr."""
     device = pick_device(args.device)
     if args.sheet:
         check_sheet(Path(args.sheet), args.overwrite)
@@ -77,17 +80,18 @@ def main(args):
 
 
 def parser() -> argparse.ArgumentParser:
+    """The flags of sample.py."""
     p = argparse.ArgumentParser(description="Restore a face photo, or a folder of them.")
     p.add_argument("--ckpt", required=True, help="checkpoint of train.py")
     p.add_argument("--input", required=True, help="a photo, or a folder (searched recursively)")
     p.add_argument("--output", required=True, help="folder for the restored PNGs")
-    p.add_argument("--overwrite", action="store_true", help="replace restorations of before")
-    p.add_argument("--sheet", help="also write input | restored side by side to this file")
+    p.add_argument("--overwrite", action="store_true", help="replace earlier restorations")
+    p.add_argument("--sheet", help="also write input | restored, side by side, to this file")
     p.add_argument("--ddim_steps", type=positive, help="K, sampling steps (default: as trained)")
     p.add_argument("--eta", type=share, default=EVAL_ETA,
                    help=f"0: no noise along the way, 1: as in training (default {EVAL_ETA})")
-    p.add_argument("--seed", type=whole, default=0, help="of the noise")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.add_argument("--seed", type=seed, default=0, help="of the noise (0)")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return p
 
 

@@ -1,19 +1,19 @@
 """The default recipe of `--mode lrpo`: LRPO with three ideas and other settings of ours.
 
-lrpo.py knows none of them.
+lrpo.py does not know of them.
 1. Branch     The members of a group share all noise but that of the last step with sigma above 0,
-              and only that step is trained. So the rewards of a group differ because of that step
-              alone, and one network call serves the G states that are equal. (Flow-GRPO-Fast and
-              MixGRPO branch too.)                             `BranchedLRPO.rollout`, `policy`
-2. Posterior  The paper evaluates the likelihood of x_gt noised by fresh noise, which lies on
-              another trajectory than x_t does. Ours is the expectation over DDIM's posterior
-              q(x_{t-1} | x_t, x_gt) (at eta = 1 DDPM's), the step of a policy that knows x_gt. In
-              closed form it is a weighted |x0_hat - x_gt|^2 at the states that the policy visits.
-                                                                `SteeredLRPO.gt_log_prob`
+              and only that step is trained. The rewards of a group then differ because of that step
+              alone, and one network call serves the G states that are equal. Flow-GRPO-Fast and
+              MixGRPO branch too.                              `BranchedLRPO.rollout`, `policy`
+2. Posterior  The paper noises x_gt with fresh noise, which puts it on another trajectory than x_t.
+              Here its place is taken by DDIM's posterior q(x_{t-1} | x_t, x_gt) (DDPM's for
+              eta = 1), the step of a policy that knows x_gt, and the likelihood is the expectation
+              over it. In closed form it is a weighted |x0_hat - x_gt|^2 at the policy's own states.
+                                                               `SteeredLRPO.gt_log_prob`
 3. Steering   The weight of that likelihood is a Lagrange multiplier. It rises while the policy's
-              PSNR is more than `fidelity_margin` below that of the frozen policy that it started
-              as, and falls otherwise. A proportional and an integral term keep it from oscillating
-              (Stooke et al. 2020, arXiv 2007.03964).           `Multiplier`, `fidelity_gap`
+              PSNR is more than `fidelity_margin` below that of the frozen policy from which the run
+              started, and falls otherwise. A proportional and an integral term damp its
+              oscillation (Stooke et al. 2020, arXiv 2007.03964).  `Multiplier`, `fidelity_gap`
 """
 import copy
 import math
@@ -22,47 +22,66 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrpo import LRPO, LRPOSettings, Step, gaussian_log_prob, setting
-from model import gaussian
+from lrpo import LRPO, LRPOSettings, Step, gaussian_log_prob
+from model import EVAL_ETA, gaussian
 from rewards import psnr
+from support.cli import UserError, amount, setting, whole
 
-FIRST_WEIGHT = 5.0          # ours: near where steering ends at 32 px and eta = 1
+FIRST_WEIGHT = 5.0          # ours: near the value at which steering ends at 32 px and eta = 1
 PROPORTIONAL = 8.0          # ours: per dB; .1 dB below the target multiplies the weight by 2.2
 INTEGRAL = 0.4              # ours: per dB and rollout; .1 dB over 17 rollouts doubles the weight
 SMOOTHING = 0.7             # ours: of the error, over some three rollouts
 LOG_RANGE = math.log(100)   # ours: the weight stays within a factor of 100 of the first
 GAP_LIMIT = 0.3             # ours: dB; a larger error counts as this much
-GAP_ETA = 0.8               # LRPO's code: eta at inference
-GAP_IMAGES = 16             # ours: leaves some .03 dB of noise (.12 dB an image)
+GAP_IMAGES = 16             # ours: leaves about .03 dB of noise (.12 dB for one image)
+
+
+def auto_or_amount(text: str):
+    """An argparse type: "auto", or a number of 0 or more."""
+    return text if text == "auto" else amount(text)
 
 
 @dataclass
 class BranchedSettings(LRPOSettings):
-    """LRPO's settings, and whether a group branches."""
+    """LRPO's settings, two of them with other defaults, and whether a group branches. UserError for
+    a setting that has no effect with a branch."""
     updates: int = setting(2, 1, "passes over a rollout")
     steps_per_update: int = setting(0, 1, "DDIM steps whose mean loss makes one optimiser step "
-                                    "(0: all)")
-    branch: str = setting("on", None, "a group shares all noise but that of the last step that has "
-                          "any; off: full trajectories", choices=["on", "off"])
+                                    "(0: all)", type=whole)
+    branch: str = setting("on", None, "a group shares all noise but that of the last noisy step; "
+                          "off: full trajectories", choices=["on", "off"])
+
+    def __post_init__(self):
+        for name, idle in (("noise_level_weights", "on"), ("steps_per_update", 0), ("gt_last", 0)):
+            if self.branch == "on" and getattr(self, name) != idle:
+                raise UserError(f"--{name} {getattr(self, name)}: with a branch a single step is "
+                                "trained, so that it has no effect; give --branch off as well")
 
 
 @dataclass
 class SteeredSettings(BranchedSettings):
-    """The default recipe's settings."""
+    """The settings of the default recipe. UserError for a margin with a fixed weight."""
     gt_weight: str = setting("auto", 0.001, "weight of the ground-truth likelihood: a number, or "
-                             "auto, which steers it by the PSNR lost against the starting policy")
+                             "auto, which steers it by the PSNR lost against the starting policy",
+                             type=auto_or_amount)
     fidelity_margin: float = setting(0.2, None, "PSNR in dB that auto may give up")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gt_weight != "auto" and self.fidelity_margin != SteeredSettings.fidelity_margin:
+            raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one of "
+                            "them out")
 
 
 class BranchedLRPO(LRPO):
-    """LRPO in which the members of a group differ by the noise of one step (darl.py's too)."""
+    """LRPO in which the members of a group differ by the noise of one step; darl.py uses it too."""
 
     def __init__(self, net, diffusion, reward, generator, settings):
         super().__init__(net, diffusion, reward, generator, settings)
         self.branch = self.schedule[-2] if settings.branch == "on" else None
 
     def policy(self, x: Tensor, lq: Tensor, t: int, s: int):
-        """At the branch the states of a group are equal, and one network call serves them all."""
+        """As LRPO's. At the branch the states of a group are equal: one network call serves all."""
         if (t, s) != self.branch:
             return super().policy(x, lq, t, s)
         G = self.settings.group
@@ -71,7 +90,7 @@ class BranchedLRPO(LRPO):
 
     @torch.no_grad()
     def rollout(self, lq: Tensor) -> tuple[Tensor, list[Step]]:
-        """As LRPO's; with the branch, one trajectory for each group, then G members."""
+        """As LRPO's. With the branch it is one trajectory for each group, then G members."""
         if not self.branch:
             return super().rollout(lq)
         G = self.settings.group
@@ -88,7 +107,8 @@ class BranchedLRPO(LRPO):
 
 
 def gaussian_kl(mu: Tensor, ref: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2 I) || N(ref, sigma^2 I)), averaged over the D dimensions: (B,)."""
+    """KL(N(mu, sigma^2 I) || N(ref, sigma^2 I)), averaged over the D dimensions, in nats: mu and
+    ref (B, 3, H, W) -> (B,)."""
     return (((mu - ref) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
 
 
@@ -133,7 +153,7 @@ class SteeredLRPO(BranchedLRPO):
         noise, scores = self.generator.get_state(), []
         for net in (self.net, self.reference):
             self.generator.set_state(noise)
-            x = self.diffusion.sample(net, lq, len(self.schedule), GAP_ETA, self.generator)
+            x = self.diffusion.sample(net, lq, len(self.schedule), EVAL_ETA, self.generator)
             scores.append(psnr(x, gt))                                  # (P,)
         return (scores[0] - scores[1]).mean().item()
 

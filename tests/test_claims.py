@@ -12,9 +12,8 @@ def test_every_arm_is_a_command_and_no_two_are_the_same(mode):
     seen = []
     for arm, flags in claims.ARMS[mode].items():
         method = "darl" if mode == "darl" else "lrpo"
-        given = settings.parser().parse_args(["--mode", method, "--minutes", "1", *flags.split()])
-        settings.check_flags(given)
-        seen.append(vars(settings.resolve(given)))
+        given = settings.parse(["--mode", method, "--minutes", "1", *flags.split()])
+        seen.append(vars(settings.resolve(given.pop("mode"), given)))
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
     assert len({claims.folder(arm) for arm in claims.ARMS[mode]}) == len(seen)
 

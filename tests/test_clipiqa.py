@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import clipiqa
-from clipiqa import (ARCHITECTURE, CLIP_MEAN, CLIP_STD, CLIPIQA, PROMPTS, attention_pool,
+from support import clipiqa
+from support.clipiqa import (ARCHITECTURE, CLIP_MEAN, CLIP_STD, CLIPIQA, PROMPTS, attention_pool,
                      load_clipiqa)
-from data import UserError
+from support.cli import UserError
 from test_rewards import images
 
 TINY = {"embed_dim": 16, "quick_gelu": True,

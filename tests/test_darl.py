@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-from darl import DARL, DARLSettings, blend_weight, by_quartile
-from model import SFT, Config, Diffusion, UNet
+from darl import DARL, DARLSettings, blend_weight
+from model import Config, Diffusion, UNet
+from sft import SFT, SFTSettings
 from steered import BranchedLRPO, gaussian_kl
 
 
@@ -65,7 +66,7 @@ def test_forced_to_zero_it_is_an_sft_step_bit_for_bit():
     update = darl.update
     darl.update = lambda *given: (seen.append(darl.generator.get_state()), update(*given))[1]
     darl.step(BATCH)
-    sft = SFT(before.net, before.diffusion, before.generator, lr=1e-4)
+    sft = SFT(before.net, before.diffusion, before.generator, SFTSettings(lr=1e-4))
     sft.generator.set_state(seen[0])        # as it was where the update began
     sft.step(BATCH)
     assert torch.equal(parameters(darl), parameters(sft))
@@ -84,7 +85,7 @@ def test_difficulty_and_its_running_mean():
         mean = 0.95 * mean + 0.05 * d.mean()
         torch.testing.assert_close(darl.mean, mean)
     assert stats["difficulty"] == pytest.approx(d.mean().item())
-    assert stats["lambda_q1"] < stats["lambda_q4"]
+    assert stats["lambda"] == pytest.approx(darl.blend_weights.mean().item())
     halves = lambda a, b: torch.full((len(a),), 0.75)
     assert torch.equal(make(lpips=halves).difficulty(seen[-1], BATCH[1][ROWS]),
                        torch.full((4,), 0.25))
@@ -126,19 +127,6 @@ def test_stepwise_credit_is_what_is_gained_after_the_step():
         want = centred / (gained.std(dim=1, keepdim=True, correction=0) + 1e-4)
         torch.testing.assert_close(step.advantage, want.flatten(), rtol=1e-3, atol=1e-3)
     assert not torch.equal(steps[0].advantage, steps[-1].advantage)
-    with pytest.raises(ValueError, match="step-wise rewards need --branch off"):
+    with pytest.raises(ValueError, match="needs --branch off"):
         make(stepwise="on")
 
-
-def test_quartiles():
-    values, d = torch.tensor([1., 2, 3, 4, 5, 6, 7, 8]), torch.tensor([8., 7, 6, 5, 4, 3, 2, 1])
-    assert by_quartile(values, d) == [7.5, 5.5, 3.5, 1.5]
-    assert by_quartile(values[:2], d[:2]) == [2, 1]     # fewer images than quarters
-
-
-def test_the_picture_is_drawn_even_where_lambda_is_nil(tmp_path):
-    darl = make(blend="0")
-    rows = [{"step": 0, "heldout_psnr": 20.0}, {"step": 1, **darl.step(BATCH)},
-            {"step": "2", "lambda_q1": "", "difficulty_q1": ""}]       # as read back from a file
-    darl.picture(rows, tmp_path)
-    assert (tmp_path / "blend.png").stat().st_size > 1000

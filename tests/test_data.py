@@ -9,8 +9,9 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio
 from skimage.transform import resize
 
-import data
-from data import Photos, UserError
+from support import data
+from support.cli import UserError
+from support.data import Photos
 
 NONE = dict(sigma_x=.01, sigma_y=.01, angle=0., factor=1., noise=0., quality=100)   # spoils nothing
 

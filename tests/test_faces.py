@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from faces import draw_faces, hash32, uniform
+from support.faces import draw_faces, hash32, uniform
 
 
 def plain_hash(x):

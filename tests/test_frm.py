@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from scipy.optimize import minimize
+from torchvision.transforms import Resize
 
-import labels
-from data import Photos, UserError, to_float, to_uint8
-from frm import (CAPTION, CAST, GRAIN, FaceRewardModel, FaceRewardTraining, graded,
-                 load_face_reward, pair_loss, spoil)
+from frm import (CAPTION, CAST, NOISE, FaceRewardModel, FaceRewardTraining, add_artefacts,
+                 load_face_reward, metric_vector, pair_loss)
 from rewards import psnr
+from support import labels
+from support.cli import UserError
+from support.data import Photos, graded, to_float, to_uint8
 from test_rewards import images
 
 
@@ -28,27 +30,27 @@ def test_graded_makes_the_second_worse():
     assert (psnr(mild, gt) > psnr(heavy, gt)).float().mean() > 0.9
 
 
-def test_spoil_adds_grain_or_a_cast_of_growing_strength():
+def test_artefacts_are_noise_or_a_colour_cast_of_random_strength():
     x = torch.zeros(400, 3, 16, 16)
-    d = spoil(x, torch.Generator().manual_seed(0))
+    d = add_artefacts(x, torch.Generator().manual_seed(0))
     flat = d.std(dim=(2, 3)).amax(dim=1) == 0               # a cast: one colour all over
     assert 160 < flat.sum() < 240
-    cast, grain = d[flat][:, :, 0, 0], d[~flat].std(dim=(1, 2, 3))
-    assert grain.min() < 0.1 * 2 * GRAIN and 0.9 * 2 * GRAIN < grain.max() < 1.1 * 2 * GRAIN
-    assert d[~flat].mean(dim=(2, 3)).abs().max() < 5 * 2 * GRAIN / 16       # grain has no colour
+    cast, noise = d[flat][:, :, 0, 0], d[~flat].std(dim=(1, 2, 3))
+    assert noise.min() < 0.1 * 2 * NOISE and 0.9 * 2 * NOISE < noise.max() < 1.1 * 2 * NOISE
+    assert d[~flat].mean(dim=(2, 3)).abs().max() < 5 * 2 * NOISE / 16       # noise has no colour
     # strength is uniform: E strength^2 = 1/3
     torch.testing.assert_close(cast.std(), torch.tensor(2 * CAST / 3 ** 0.5), rtol=0.1, atol=0)
 
 
-def test_the_reward_model_is_not_fooled_by_grain_or_casts(monkeypatch):
-    """Blurred against sharp alone teaches that noise is detail; spoilt pairs teach otherwise."""
+def test_the_reward_model_is_not_fooled_by_noise_or_casts(monkeypatch):
+    """Blurred against sharp alone teaches that noise is detail; pairs with artefacts teach otherwise."""
     torch.manual_seed(0)
     monkeypatch.setattr("frm.graded", lambda gt, _: (gt, torch.nn.functional.avg_pool2d(
         gt, 3, 1, 1)))      # the real one takes most of the time
     gt = to_float(Photos.drawn(96, 0, 16, "train").images)
     lq = torch.nn.functional.avg_pool2d(gt, 3, 1, 1)
     held = to_float(Photos.drawn(64, 0, 16, "heldout").images)
-    spoilt = {"grain": held + 40 / 255 * torch.randn(held.shape), "cast": held + torch.tensor(
+    spoilt = {"noise": held + 40 / 255 * torch.randn(held.shape), "cast": held + torch.tensor(
         [0.2, 0.0, -0.2]).view(3, 1, 1)}
     face = FaceRewardModel()
     training = FaceRewardTraining(face, torch.Generator().manual_seed(0), lq, gt, lr=2e-3)
@@ -106,9 +108,23 @@ def test_the_papers_model_is_a_cosine_and_trains_its_last_blocks(published):
     moved = {id(p) for p in face.trained()}
     trained = {name for name, p in face.named_parameters() if id(p) in moved}
     blocks = {".".join(name.split(".")[:-2]) for name in trained if name.endswith("ln_1.weight")}
-    assert blocks == {f"clip.visual.transformer.resblocks.{i}" for i in range(2, 22)} | {
+    assert blocks == {f"clip.visual.transformer.resblocks.{i}" for i in range(3, 22)} | {
         f"clip.transformer.resblocks.{i}" for i in range(2, 13)}
-    assert all("resblocks" in name for name in trained)
+    judge = open_clip.CLIP(**VIT)
+    judge.lock_image_tower(unlocked_groups=20)          # as the published code
+    unlocked = {f"clip.{name}" for name, p in judge.named_parameters()
+                if p.requires_grad and name.startswith("visual")}
+    assert {name for name in trained if name.startswith("clip.visual")} == unlocked
+    assert "clip.logit_scale" in trained
+
+
+def test_the_papers_model_resizes_as_the_published_code(published):
+    """By torchvision's Resize, bilinear, up and down."""
+    face = load_face_reward(published[1], VIT).eval()
+    for side in (20, 48):
+        x = images(1, side=side).clamp(-1, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(face(x), face(Resize(32)(x)), rtol=0, atol=1e-5)
 
 
 def test_the_papers_model_learns_and_its_run_is_read_back(published, tmp_path):
@@ -160,10 +176,11 @@ def test_svm_labels_pairs_of_known_order():
     photos = images(3, n=40).clamp(-1, 1)
     mild, heavy = graded(photos, np.random.default_rng(7))
     for gt in (photos, None):       # with the ground truth's metrics, and without
-        assert labels.metrics(mild, gt).shape == (40, 6 if gt is not None else 3)
+        assert metric_vector(mild, gt).shape == (40, 6 if gt is not None else 3)
     flip = torch.arange(40).view(-1, 1, 1, 1) % 2 == 0
     a, b = torch.where(flip, heavy, mild), torch.where(flip, mild, heavy)
-    better, worse = labels.label_pairs("svm", images(4, n=40).clamp(-1, 1), (a, b, photos), 0)
+    better, worse = labels.label_pairs("svm", images(4, n=40).clamp(-1, 1), (a, b, photos),
+                                       metric_vector, 0)
     right = (better == mild).flatten(1).all(dim=1)
     assert right.float().mean() > 0.9 and torch.equal(better + worse, a + b)
 
@@ -189,7 +206,8 @@ def test_a_persons_labels_teach_the_svm(tmp_path, columns):
     assert len(a) == 11 and label.tolist() == [1, -1, 1] + [1, -1] * 4
     assert (gt is None) == (len(columns) == 3)
     clear = images(6, n=6).clamp(-1, 1)
-    better, worse = labels.label_pairs(str(path), clear, (clear / 16, clear, clear), 0)
+    better, worse = labels.label_pairs(str(path), clear, (clear / 16, clear, clear),
+                                       metric_vector, 0)
     assert torch.equal(better[:6], clear) and len(better) == 6 + 11
     spread = lambda u: u.flatten(1).std(dim=1)
     assert (spread(better[6:]) > spread(worse[6:])).all()       # the person's own, put in order

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.spatial import ConvexHull
 
-from frontier import beyond, draw_frontier, frontier, hull, sampler_points, verdict
+from support.frontier import beyond, draw_frontier, frontier, hull, sampler_points, verdict
 
 
 def test_hull_is_the_descending_part_of_scipys_upper_hull():

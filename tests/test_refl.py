@@ -2,11 +2,11 @@
 import pytest
 import torch
 
-from data import UserError
 from frm import FaceRewardModel
-from model import Config, Diffusion, UNet
-from refl import ReFL, feature_distance, structure_loss, weight_distance
+from model import Config, Diffusion, ResBlock, UNet
+from refl import ReFL, ReFLSettings, feature_distance, structure_loss, weight_distance
 from rewards import CompositeReward, ssim
+from support.cli import UserError
 
 
 def noise(seed, *shape):
@@ -31,7 +31,7 @@ def make(seed=0, reward=None, **changes):
     face = FaceRewardModel().requires_grad_(False)
     return ReFL(net, Diffusion(net.config), reward or Reward(face),
                 torch.Generator().manual_seed(seed),
-                **dict(K=4, lr=1e-3, denoise_weight=0.0) | changes)
+                ReFLSettings(**dict(ddim_steps=4, lr=1e-3, denoise_weight=0.0) | changes))
 
 
 BATCH = (noise(1, 2, 3, 16, 16).clamp(-1, 1), noise(2, 2, 3, 16, 16).clamp(-1, 1))
@@ -90,11 +90,11 @@ def test_exactly_one_network_call_holds_a_graph():
 
 
 def test_the_late_step_is_one_of_the_last():
-    refl = make(K=5, last=3)
+    refl = make(ddim_steps=5, refl_last=3)
     assert {refl.step(BATCH)["late_step"] for _ in range(20)} == {2, 3, 4}
-    assert {make(last=1).step(BATCH)["late_step"]} == {3}
-    with pytest.raises(ValueError, match="last must be 1 to K = 4"):
-        make(last=5)
+    assert {make(refl_last=1).step(BATCH)["late_step"]} == {3}
+    with pytest.raises(UserError, match="--refl_last 5: at most --ddim_steps 4"):
+        make(refl_last=5)
 
 
 def test_roll_draws_a_fresh_eta_for_each_step():
@@ -112,10 +112,10 @@ def test_a_reward_without_gradient_is_refused_by_name():
     face = FaceRewardModel().requires_grad_(False)
     blind = CompositeReward({"face": 0.5, "ssim": 0.5}, face)
     blind.terms["ssim"] = lambda x, gt: ssim(x.detach(), gt)
-    with pytest.raises(UserError, match="--rewards ssim: passes no gradient"):
+    with pytest.raises(UserError, match="--rewards ssim: has no gradient"):
         make(reward=blind)
     blind.terms["ssim"] = lambda x, gt: ssim(x.round(), gt)     # a graph, but no slope
-    with pytest.raises(UserError, match="--rewards ssim: passes no gradient"):
+    with pytest.raises(UserError, match="--rewards ssim: has no gradient"):
         make(reward=blind)
 
 
@@ -130,7 +130,6 @@ def test_the_distances_in_closed_form():
 
 
 def test_the_feature_distance_sees_every_residual_block():
-    from model import ResBlock
     refl = make()
     x = noise(3, 2, 3, 16, 16)
     assert refl.losses(x, *BATCH, k=3)[0]["reg"].item() == 0

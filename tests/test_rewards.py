@@ -10,13 +10,13 @@ import torch
 from scipy.stats import spearmanr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-import report
-import rewards
-from data import Photos, UserError, pairs
-from faces import draw_faces
-from frm import FaceRewardModel
-from rewards import (LPIPS, CompositeReward, build_reward, dwt, low_pass, parse_rewards, psnr,
-                     ssim)
+from frm import FaceRewardModel, load_face_reward
+from rewards import (LPIPS, SETS, CompositeReward, dwt, low_pass, parse_rewards,
+                     psnr, ssim)
+from support.cli import UserError
+from support.data import Photos, pairs
+from support.faces import draw_faces
+from tools import reward_report as report
 
 
 def images(seed, n=4, side=32):
@@ -176,14 +176,14 @@ def test_reward_names_and_files(tmp_path):
             parse_rewards(text)
     torch.save({"mode": "sft"}, tmp_path / "sft.pt")
     with pytest.raises(UserError, match="not a checkpoint of --mode frm"):
-        build_reward({"face": 1.0}, "cpu", tmp_path / "sft.pt")
+        load_face_reward(tmp_path / "sft.pt")
     with pytest.raises(UserError, match="no such file"):
-        build_reward({"face": 1.0}, "cpu", tmp_path / "none.pt")
-    assert set(parse_rewards(rewards.OFFLINE)) <= {"ssim", "dwt", "face"}   # nothing to fetch
+        load_face_reward(tmp_path / "none.pt")
+    assert set(parse_rewards(SETS["offline"])) <= {"ssim", "dwt", "face"}   # nothing to fetch
     assert parse_rewards("paper") == {"face": .3, "lpips": .3, "clipiqa": .1, "dwt": .3}
     assert parse_rewards("paper-alt") == {"face": .4, "lpips": .2, "clipiqa": .2, "dwt": .2}
     assert set(parse_rewards("card")) == {"clipiqa", "lpips", "ssim"}
-    assert all(sum(parse_rewards(name).values()) == pytest.approx(1) for name in rewards.SETS)
+    assert all(sum(parse_rewards(name).values()) == pytest.approx(1) for name in SETS)
 
 
 def test_spearman_is_scipys():

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from lrpo import LRPO
-from model import Config, Diffusion, UNet
+from model import EVAL_ETA, Config, Diffusion, UNet
 from rewards import psnr
-from steered import FIRST_WEIGHT, GAP_ETA, Multiplier, SteeredLRPO, SteeredSettings
+from steered import FIRST_WEIGHT, Multiplier, SteeredLRPO, SteeredSettings
 
 
 def noise(seed, *shape):
@@ -96,7 +96,7 @@ def test_the_fidelity_gap_is_a_difference_of_psnr_under_equal_noise():
             p += 0.02 * noise(p.numel(), *p.shape)
     method.generator.manual_seed(7)
     gap = method.fidelity_gap(*BATCH)
-    restored = [method.diffusion.sample(net, BATCH[0], 4, GAP_ETA,
+    restored = [method.diffusion.sample(net, BATCH[0], 4, EVAL_ETA,
                                         torch.Generator().manual_seed(7))
                 for net in (method.net, method.reference)]
     want = [psnr(x, BATCH[1]).mean().item() for x in restored]

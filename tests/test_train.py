@@ -1,4 +1,5 @@
 """The commands as a user gives them, on networks and data sets as small as they come."""
+import argparse
 import csv
 import json
 import subprocess
@@ -12,13 +13,13 @@ import torch
 from PIL import Image
 
 import evaluate
-import labels
 import sample
 import settings
 import train
-from data import UserError
 from frm import FaceRewardModel
-from rewards import OFFLINE, CompositeReward
+from rewards import CompositeReward
+from support.cli import UserError, settings_fields
+from tools import label_pairs
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "16", "--channels", "8", "--mults", "1,2", "--batch_size", "4",
@@ -32,13 +33,17 @@ def run(mode, out, *more, steps=3):
 
 @pytest.fixture(scope="module", autouse=True)
 def little_work():
-    quick = {"steps": 3, "batch_size": 4, "every": 3, "group": 2, "faces": 24,
-             "rewards": settings.rewarded(OFFLINE, "face=.1,ssim=.4")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VALIDATION", 8)
         patch.setattr(train, "RESTORED_PAIRS", 8)
-        patch.setitem(settings.PRESETS, "tiny", settings.PRESETS["tiny"] | quick)
+        patch.setitem(settings.PRESETS, "tiny", quick_preset("offline"))
         yield
+
+
+def quick_preset(rewards):
+    tiny = settings.PRESETS["tiny"] | {"group": 2, "faces": 24, "rewards": rewards}
+    return {name: value | {"steps": 3, "batch_size": 4, "every": 3} if isinstance(value, dict)
+            else value for name, value in tiny.items()}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def test_a_run_leaves_what_the_readme_says(runs):
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     for name in ("reward", "ssim", "dwt", "face", "ratio_mean", "ratio_max", "clip_fraction",
-                 "approx_kl", "no_spread", "grad_norm", "heldout_psnr", "heldout_ssim"):
+                 "approx_kl", "equal_groups", "grad_norm", "heldout_psnr", "heldout_ssim"):
         float(rows[-1][name])
 
 
@@ -110,49 +115,39 @@ def test_a_face_reward_model_of_another_size_is_refused(runs, tmp_path):
         assert not (tmp_path / mode).exists()
 
 
-def test_every_flag_of_refl_reaches_it():
-    """Each with a value of its own, none of them the default."""
-    given = {"refl_last": 4, "struct_weight": 1.5, "reg_weight": 1.6, "reg": "weights",
-             "denoise_weight": 1.7, "frm_update_every": 8, "frm_lr": 1.8}
-    assert given.keys() == settings.OWN["refl"]
-    method = method_of("refl", given)
-    kept = {"refl_last": "last", "frm_update_every": "every"}
-    for name in given.keys() - {"frm_lr"}:
-        assert getattr(method, kept.get(name, name)) == given[name], name
-    assert method.frm_optimizer.defaults["lr"] == 1.8
-
-
-def method_of(mode, given):
+def method_of(mode, given, monkeypatch):
+    """The method that train.py builds from these flags."""
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    args = settings.resolve(settings.parser().parse_args(["--mode", mode, *flags, "--lr", "1.9"]))
-    net = train.UNet(train.Config(size=16, channels=8, mults=(1, 2)))
+    run = settings.resolve(mode, settings.parse(["--mode", mode, *flags, *SMALL[:6]]))
+    net = train.network(argparse.Namespace(**vars(run) | {"mode": "sft"}), "cpu")
     reward = CompositeReward({"ssim": 0.5, "face": 0.5}, FaceRewardModel().requires_grad_(False))
-    method = train.make_method(args, net, train.Diffusion(net.config), reward, torch.Generator())
-    assert method.optimizer.defaults["lr"] == 1.9
-    return method
+    monkeypatch.setattr(train, "load_reward", lambda *_: reward)
+    return train.restoration(run, net, "cpu", torch.Generator())[0]
 
 
-@pytest.mark.parametrize("mode", ["lrpo", "darl"])
-def test_every_setting_has_a_flag_that_reaches_the_method(mode):
+@pytest.mark.parametrize("mode", ["lrpo", "refl", "darl"])
+def test_every_setting_has_a_flag_that_reaches_the_method(mode, monkeypatch):
     """Each with a value of its own, none of them the default."""
     other = {int: 3, float: 0.7, "adv_std": "batch", "noise_level_weights": "off", "blend": "hard",
-             "stepwise": "on", "gt_weight": 1.2, "branch": "off"}
-    own = settings.flags_of(settings.settings_of(mode))
-    given = {name: other.get(name, other.get(f.type)) for name, f in own.items() if name != "lr"}
-    assert all(own[name].default != value for name, value in given.items())
-    method = method_of(mode, given)
+             "stepwise": "on", "gt_weight": "auto", "branch": "off", "reg": "weights"}
+    own = settings_fields(settings.method_settings(mode))
+    given = {name: other.get(name, other.get(f.type)) for name, f in own.items()}
+    assert all(own[name].default != value for name, value in given.items() if value != "auto")
+    method = method_of(mode, given, monkeypatch)
     for name, value in given.items():
         assert getattr(method.settings, name) == value, name
+    assert method.optimizer.defaults["lr"] == 0.7
+    if mode == "refl":
+        assert method.frm_optimizer.defaults["lr"] == 0.7
 
 
-def test_the_papers_recipe_is_the_published_settings_but_for_what_is_given():
-    given = ["--mode", "lrpo", "--recipe", "paper", "--group", "4", "--clip_weights", "CLIP"]
-    args = settings.resolve(settings.parser().parse_args(given))
+def test_the_papers_recipe_is_the_published_settings_but_for_what_is_given(monkeypatch):
+    given = {"recipe": "paper", "group": 4, "clip_weights": "CLIP"}
+    args = settings.resolve("lrpo", given)
     published = dict(ddim_steps=50, eta=1.0, lr=1e-6, adv_std="batch", gt_weight=0.001, gt_last=5,
                      steps_per_update=1, updates=1, rewards="paper", lpips_net="vgg", bf16="off")
     assert {name: getattr(args, name) for name in published} == published and args.group == 4
-    net = train.UNet(train.Config(size=16, channels=8, mults=(1, 2)))
-    method = train.make_method(args, net, train.Diffusion(net.config), None, torch.Generator())
+    method = method_of("lrpo", given, monkeypatch)
     assert type(method) is train.LRPO and method.settings.gt_last == 5
 
 
@@ -244,20 +239,19 @@ def test_sample_loses_nothing(tmp_path, runs):
             sample.check_sheet(sheet, overwrite=False)
 
 
-def test_labels_of_an_svm_and_of_a_person(runs, tmp_path, capsys, monkeypatch):
+def test_labels_of_an_svm_and_of_a_person(runs, tmp_path, capsys):
     """A person's round trip: pairs are written, labelled, and learnt from."""
     sft = str(runs / "sft" / "last.pt")
-    write = ["frm.py", "--ckpt", sft, "--out", str(tmp_path / "pairs"), "--n", "12"]
-    monkeypatch.setattr(sys, "argv", write)
-    labels.main()
+    write = ["--ckpt", sft, "--out", str(tmp_path / "pairs"), "--n", "12"]
+    label_pairs.write_pairs(label_pairs.parser().parse_args(write))
     assert Image.open(tmp_path / "pairs" / "0003.png").size == (2 * 256, 256)
     path = tmp_path / "pairs" / "pairs.csv"
     path.write_text(path.read_text().replace("_b.png,,", "_b.png,a,"))
     with pytest.raises(UserError, match="may hold labels already"):
-        labels.main()
+        label_pairs.write_pairs(label_pairs.parser().parse_args(write))
     for name, source in (("svm", "svm"), ("person", str(path))):
         run("frm", tmp_path / name, "--init", sft, "--labels", source)
-        assert "an SVM taught by" in capsys.readouterr().out
+        assert "an SVM trained on" in capsys.readouterr().out
         assert "accuracy_labelled" in (tmp_path / name / "metrics.csv").read_text()
     assert "accuracy_labelled" not in (runs / "frm" / "metrics.csv").read_text()
 
@@ -267,12 +261,10 @@ def test_demo_runs_the_whole_story_and_says_that_it_does_without_lpips(tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    wanted = settings.rewarded("default", "face=.1,ssim=.4")
-    monkeypatch.setitem(settings.PRESETS, "tiny", settings.PRESETS["tiny"] | {"rewards": wanted})
+    monkeypatch.setitem(settings.PRESETS, "tiny", quick_preset("default"))
     train.main(["--mode", "demo", "--steps", "2", *SMALL, "--methods", "all"])
     out = capsys.readouterr().out
     assert all(f"| {row} |" in out for row in ("LQ", "sft", "sft_longer", "lrpo", "refl", "darl"))
-    assert (tmp_path / "runs" / "darl" / "blend.png").exists()
     for name in ("comparison.png", "frontier.png"):
         assert (tmp_path / "runs" / "evaluation" / name).exists()
     assert "goes on with --rewards offline" in out and "--lpips_weights FILE" in out
@@ -293,7 +285,7 @@ MISTAKES = {
                                  "--clip_weights FILE, or use --rewards offline"),
     "CLIP weights that are a checkpoint": (["--mode", "lrpo", "--init", "{sft}", "--rewards",
                                             "clipiqa=1", "--clip_weights", "{sft}"],
-                                           "not the weights of the CLIP"),
+                                           "not the weights of this CLIP"),
     "labels that are no file": (["--mode", "frm", "--init", "{sft}", "--labels", "yes"],
                                 "--labels yes: known, svm, or"),
     "a restorer for a face reward model": (["--mode", "lrpo", "--init", "{sft}", "--frm_weights",
@@ -305,7 +297,6 @@ MISTAKES = {
                                      "16 px"),
     "an unknown reward": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "beauty=1"], "beauty"),
     "no sft run": (["--mode", "lrpo"], "run --mode sft first"),
-    "eta 0": (["--mode", "lrpo", "--init", "{sft}", "--eta", "0"], "--eta"),
     "nothing to resume": (["--mode", "sft", "--resume"], "--resume"),
     "nothing left to do": (["--mode", "sft", "--resume", "--out", "{runs}/sft"], "more --steps"),
     "another mode's run": (["--mode", "frm", "--resume", "--init", "{sft}", "--out", "{runs}/sft"],
@@ -329,8 +320,11 @@ MISTAKES = {
                                        "none.pth"], "none.pth: no such file"),
     "a margin where nothing is steered": (["--mode", "lrpo", "--init", "{sft}", "--recipe", "paper",
                                            "--fidelity_margin", ".1"],
-                                          "fidelity_margin: --recipe paper"),
-    "a group of one": (["--mode", "lrpo", "--init", "{sft}", "--group", "1"], "--group"),
+                                          "--fidelity_margin: --mode lrpo --recipe paper has no"),
+    "a margin with a fixed weight": (["--mode", "lrpo", "--init", "{sft}", "--gt_weight", "1",
+                                      "--fidelity_margin", ".1"], "is not steered"),
+    "a weight without effect": (["--mode", "lrpo", "--init", "{sft}", "--noise_level_weights",
+                                 "off"], "give --branch off as well"),
     "another network": (["--mode", "sft", "--resume", "--patch", "1", "--out", "{runs}/sft"],
                         "--patch 2, not 1"),
     "a face reward model for a restorer": (["--mode", "lrpo", "--init", "{runs}/frm/last.pt"],
@@ -338,9 +332,10 @@ MISTAKES = {
     "a run in the way": (["--mode", "sft", "--out", "{runs}/sft"], "--overwrite"),
     "a size that no network fits": (["--mode", "sft", "--size", "30"], "multiple of"),
     "a flag of another method": (["--mode", "lrpo", "--init", "{sft}", "--struct_weight", "3"],
-                                 "--struct_weight: --mode lrpo does not read it, only refl"),
+                                 "--struct_weight: --mode lrpo has no such flag"),
     "labels where no reward model is trained": (["--mode", "lrpo", "--init", "{sft}", "--rewards",
-                                                 "ssim=1", "--labels", "svm"], "--mode frm"),
+                                                 "ssim=1", "--labels", "svm"],
+                                                "--labels: --mode lrpo has no such flag"),
     "another network than --init's": (["--mode", "lrpo", "--init", "{sft}", "--patch", "4"],
                                       "--patch 4: --init .* has 2; leave it out"),
     "drawn faces and photos": (["--mode", "sft", "--data", "{empty}", "--faces", "9"], "--faces"),
@@ -348,7 +343,7 @@ MISTAKES = {
                                                      "none: no such file"),
     "an odd network": (["--mode", "sft", "--channels", "6"], "channels must be"),
     "a flag that the demo's methods do not read": (["--mode", "demo", "--blend", "hard"],
-                                                   "--blend: --mode demo does not read it"),
+                                                   "--blend: --mode demo has no such flag"),
     "no such device": (["--mode", "sft", "--device", "nonsense"], "--device"),
 }
 
@@ -376,10 +371,12 @@ def test_a_mistake_gets_one_sentence_and_loses_nothing(name, runs, tmp_path, mon
 
 
 @pytest.mark.parametrize("flag", [["--gt_weight", "-1"], ["--eta", "5"], ["--minutes", "nan"],
-                                  ["--blend", "often"], ["--blend", "1.5"], ["--seed", "-1"]])
+                                  ["--blend", "often"], ["--blend", "1.5"], ["--seed", "-1"],
+                                  ["--eta", "0"], ["--group", "1"], ["--ddim_steps", "1"],
+                                  ["--seed", "4294967295"]])
 def test_a_number_out_of_range_is_refused(flag, capsys):
     with pytest.raises(SystemExit):
-        settings.parser().parse_args(["--mode", "darl", *flag])
+        settings.parse(["--mode", "darl" if flag[0] != "--gt_weight" else "lrpo", *flag])
     assert f"{flag[0]}: '{flag[1]}' is not a" in capsys.readouterr().err
 
 
@@ -387,10 +384,9 @@ def test_a_number_out_of_range_is_refused(flag, capsys):
                                      ["sample.py", "--ckpt", "none", "--input", "x",
                                       "--output", "y"],
                                      ["evaluate.py", "--ckpt", "none"],
-                                     ["frm.py", "--ckpt", "none"],
-                                     ["rewards.py", "--frm_weights", "none"]])
-def test_a_mistake_ends_the_program_without_a_trace(command, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True,
-                          text=True, cwd=tmp_path)
+                                     ["-m", "tools.label_pairs", "--ckpt", "none"],
+                                     ["-m", "tools.reward_report", "--frm_weights", "none"]])
+def test_a_mistake_ends_the_program_without_a_trace(command):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0 and done.stderr.startswith("error: ") and "none" in done.stderr
-    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert done.stderr.count("\n") == 1

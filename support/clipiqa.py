@@ -4,8 +4,8 @@ Papers   CLIP-IQA (Wang et al. 2023, arXiv 2207.12396), on CLIP RN50 (Radford et
 Departs  The default averages five antonym pairs, the form that pyiqa made common and that LRPO's
          code runs; the paper's single pair is PROMPTS["paper"]. They give different numbers.
 
-CLIP's pool adds an embedding for each of its 7 x 7 places, which ties it to 224 px. CLIP-IQA leaves
-it out (`attention_pool`), so a picture of any size from 32 px is read as it is, without resizing.
+CLIP's pooling adds an embedding for each of its 7 x 7 positions, which fixes the size to 224 px.
+CLIP-IQA leaves that out (`attention_pool`), so images of any size from 32 px on need no resizing.
 """
 import hashlib
 import warnings
@@ -18,16 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data import UserError
-from model import load_tensors
+from support.checkpoint import load_tensors
+from support.cli import UserError
 
-ARCHITECTURE = "RN50-quickgelu"     # "RN50" would read OpenAI's text tower with another GELU
-# OpenAI's RN50.pt. A TorchScript archive is a program: none but this one is opened.
+ARCHITECTURE = "RN50-quickgelu"     # open_clip's "RN50" has another GELU than OpenAI's weights
+# OpenAI's RN50.pt. A TorchScript archive is a program, so no other one is opened.
 OPENAI_SHA256 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # CLIP's preprocessing, of images in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MIN_SIDE = 32                       # the trunk halves the side five times
-PROMPTS = {                         # good and bad in turn
+PROMPTS = {                         # pairs: good, bad, good, bad, ...
     "paper": ["Good photo.", "Bad photo."],                             # CLIP-IQA, section 3
     "five": ["Good image", "bad image", "Sharp image", "blurry image",  # pyiqa's `clipiqa`
              "sharp edges", "blurry edges", "High resolution image", "low resolution image",
@@ -35,13 +35,14 @@ PROMPTS = {                         # good and bad in turn
 
 
 def normalise(x: Tensor) -> Tensor:
-    """[-1, 1] to what CLIP was trained on."""
+    """Images (B, 3, H, W) in [-1, 1], normalised as for CLIP's training: (B, 3, H, W)."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return ((x + 1) / 2 - mean) / std
 
 
 def attention_pool(pool: nn.Module, x: Tensor) -> Tensor:
-    """The mean place asks all places, by CLIP's own projections: (B, C, h, w) -> (B, E)."""
+    """CLIP's attention pooling without position embeddings, the query being the mean position:
+    (B, C, h, w) -> (B, E)."""
     x = x.flatten(2).transpose(1, 2)                                    # (B, hw, C)
     mean = x.mean(dim=1, keepdim=True)                                  # (B, 1, C)
     x = torch.cat([mean, x], dim=1)                                     # (B, 1 + hw, C)
@@ -52,9 +53,9 @@ def attention_pool(pool: nn.Module, x: Tensor) -> Tensor:
 
 
 class CLIPIQA(nn.Module):
-    """P(good) against P(bad), the mean over antonym pairs: (B, 3, H, W) -> (B,) in (0, 1).
+    """The probability of "good" against "bad", averaged over the antonym pairs of `prompts`.
 
-    `clip`: the whole of CLIP. Its text tower reads the prompts once and is not kept.
+    `clip` is the whole CLIP. Its text tower encodes the prompts once and is not kept.
     """
 
     def __init__(self, clip: nn.Module, prompts: str = "five"):
@@ -68,9 +69,11 @@ class CLIPIQA(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True):
-        return super().train(False)     # its batch norms must keep CLIP's statistics
+        """Stays in evaluation mode, so that its batch norms keep CLIP's statistics."""
+        return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] -> (B,) in (0, 1); y is not used. UserError below 32 px."""
         if min(x.shape[-2:]) < MIN_SIDE:
             raise UserError(f"CLIP-IQA needs images of {MIN_SIDE} px or more")
         v = self.visual
@@ -82,22 +85,24 @@ class CLIPIQA(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# Weights: every tensor from a file, or none. open_clip by itself would fall back on random ones.
+# Weights: every tensor is read from a file. open_clip alone would silently use random ones.
 
 def build_clip(config: dict, state: dict, source: str) -> nn.Module:
-    """open_clip's CLIP of this config with exactly the tensors of `state`, frozen, in float32."""
-    import open_clip        # slow to import, so only where it is asked for
+    """open_clip's CLIP of this config with exactly the tensors of `state`, frozen, in float32.
+    UserError, naming `source`, if names or shapes differ."""
+    import open_clip        # slow to import, so it is imported only when it is needed
     clip = open_clip.CLIP(**config)
     try:
         clip.load_state_dict(state, strict=True)
     except (RuntimeError, TypeError, AttributeError):       # names, shapes, or no tensors at all
-        raise UserError(f"{source}: not the weights of the CLIP that is meant, or not all of "
-                        "them; --rewards offline needs none") from None
+        raise UserError(f"{source}: not the weights of this CLIP, or not all of them; "
+                        "--rewards offline needs none") from None
     return clip.float().eval().requires_grad_(False)
 
 
 def read_clip(path: Path) -> dict:
-    """The tensors of a CLIP file: safetensors, a PyTorch file of tensors, or OpenAI's RN50.pt."""
+    """The tensors of a CLIP file: safetensors, a PyTorch file of tensors, or OpenAI's RN50.pt.
+    UserError for any other file."""
     if path.suffix == ".safetensors" and path.is_file():
         try:
             return load_file(path)
@@ -111,7 +116,7 @@ def read_clip(path: Path) -> dict:
         raise UserError(f"--clip_weights {path}: a TorchScript archive, which can carry code, and "
                         "not OpenAI's RN50.pt; convert it where you trust it, by safetensors' "
                         "save_file(torch.jit.load(path).state_dict(), 'clip.safetensors')")
-    with warnings.catch_warnings():     # torch means to drop TorchScript
+    with warnings.catch_warnings():     # torch warns that TorchScript is deprecated
         warnings.simplefilter("ignore")
         state = torch.jit.load(path, map_location="cpu").state_dict()
     facts = ("input_resolution", "context_length", "vocab_size")        # no weights
@@ -119,13 +124,14 @@ def read_clip(path: Path) -> dict:
 
 
 def load_clipiqa(path=None, prompts: str = "five") -> CLIPIQA:
-    """CLIP-IQA on the file's weights; without a file open_clip fetches OpenAI's."""
+    """CLIP-IQA with the weights of a file; without a file open_clip fetches OpenAI's. UserError if
+    neither works."""
     import open_clip
     if path is None:
         openai = open_clip.get_pretrained_cfg(ARCHITECTURE, "openai")
         try:
             path = open_clip.download_pretrained(openai)
-        except Exception:       # of urllib, of the hub's client, of the disk: all mean "not here"
+        except Exception:       # of urllib, of the hub's client, of the disk: all mean the same
             raise UserError("CLIP-IQA: OpenAI's RN50 could not be fetched; give the file with "
                             "--clip_weights FILE, or use --rewards offline") from None
     config = open_clip.get_model_config(ARCHITECTURE)

@@ -1,12 +1,12 @@
 """A folder of face photos, the blind degradation, and (LQ, GT) pairs.
 
-A good photo (GT) is spoilt (LQ) by amounts that the network is not told, in GFPGAN's order (arXiv
-2101.04061): blur, bilinear down, noise, JPEG, bilinear up. The ranges are those of DiffBIR's face
-settings (arXiv 2308.15070), which are for 512 px. Ours:
-  - The upper ends of blur and downsampling are multiplied by (size / 512)^(2/3). With power 1,
-    little would be spoilt at 32 px (blur below .75 px); with 1/2, little face would be left.
-  - Kernels reach 3 sigma (published: 41 px in all), and LQ has 8 bits, as a photo from disk has.
-  - Pair n is drawn from (seed, epoch, n) alone: the same in any batch, and after a resume.
+Papers   GFPGAN (arXiv 2101.04061): the order of the degradation. A good photo (GT) is blurred,
+         shrunk (bilinear), given noise, saved as JPEG and enlarged (bilinear); the result is LQ.
+         DiffBIR (arXiv 2308.15070): the ranges, of its face settings, which are for 512 px.
+Departs  - The upper ends of blur and downsampling are multiplied by (size / 512)^(2/3). With power
+           1 there is little damage at 32 px (blur below .75 px); with 1/2 little is left of a face.
+         - Kernels reach 3 sigma (published: 41 px in all). LQ has 8 bits, as a photo from disk has.
+         - Pair n depends on (seed, epoch, n) alone: it is the same in any batch and after a resume.
 """
 import io
 import math
@@ -22,45 +22,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from faces import draw_faces
+from support.cli import UserError
+from support.faces import draw_faces
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 MAX_HELD_OUT = 500      # ours: a steady mean, evaluated in minutes
 MAX_DRAWN = 1_000_000   # ours: drawn faces are held out from this number on
 BLUR_SIGMA, DOWN_FACTOR = (.1, 12.), (1., 12.)      # DiffBIR; sigma in pixels, both at 512 px
-NOISE_SIGMA, JPEG_QUALITY = (0., 15.), (100, 30)    # DiffBIR; sigma of 255. All: mild to heavy
+NOISE_SIGMA, JPEG_QUALITY = (0., 15.), (100, 30)    # DiffBIR; sigma of 255. All go mild to heavy
 SIZE_POWER = 2 / 3      # ours: see above
 
 
-class UserError(Exception):
-    """A mistake of the user's (bad path, bad file), told in one sentence and without a trace."""
-
-
-def run_main(main):
-    """A program, ended by a user's mistake with its sentence and a non-zero exit."""
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
-def has_file(folder) -> bool:
-    """Whether a file stands where this folder, or one above it, would be."""
-    return any(path.is_file() for path in (Path(folder), *Path(folder).parents))
-
-
-def make_folder(path) -> Path:
-    """The folder `path`, made where there is none. UserError where there cannot be one."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path}: not a folder to write to ({error.strerror})") from None
-    return Path(path)
-
-
 def find_photos(folder, flag="--data") -> list[Path]:
-    """Photos in and below a folder, by relative path: the same order on every system. Hidden ones
-    (macOS leaves ._x.jpg) are passed over. UserError where there is no folder or no photo."""
+    """Photos in and below a folder, sorted by path, which gives the same order on every system.
+    Hidden files (macOS leaves ._x.jpg) are skipped. UserError if there is no folder or no photo."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
@@ -72,12 +47,12 @@ def find_photos(folder, flag="--data") -> list[Path]:
 
 
 def read_photo(path, size: int) -> Tensor:
-    """uint8 (3, size, size), RGB: upright, transparency on white, the centre square, resized by an
-    antialiased Lanczos filter (a smaller photo is enlarged). UserError if it cannot be read."""
+    """Read a photo as uint8 (3, size, size), RGB: upright, transparency on white, cut to the centre
+    square, resized by an antialiased Lanczos filter. UserError if it cannot be read."""
     try:
         with Image.open(path) as im:
             im = ImageOps.exif_transpose(im)        # first: convert() may lose the EXIF tag
-            if im.mode.startswith("I"):             # 16-bit grey, which convert() would clip
+            if im.mode.startswith("I"):             # 16-bit grey, which convert() clips
                 im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
             if im.has_transparency_data:
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
@@ -98,9 +73,10 @@ class Photos:
 
     @classmethod
     def from_folder(cls, folder, size: int, split: str, limit: int = None):
-        """`split` "train" or "heldout" of a folder; `limit`: only its first files. Held out are the
-        last tenth of the files by name, 1 to 500, settled before reading, so that a file that
-        cannot be read moves no other. (By file, not by person.) UserError if none is readable."""
+        """The split "train" or "heldout" of a folder, or only its first `limit` files. The last
+        tenth of the files by name, 1 to 500, is held out (by file, not by person). The split is
+        made before reading, so that an unreadable file moves no other. UserError if no file can be
+        read."""
         files = find_photos(folder)
         if len(files) < 2:
             raise UserError(f"--data {folder}: a single photo cannot be split, 2 is the least")
@@ -126,20 +102,28 @@ class Photos:
 
     @classmethod
     def drawn(cls, n: int, seed: int, size: int, split: str):
-        """n drawn faces: "train" is 0 .. n-1 of `seed`, "heldout" is the same for every seed."""
+        """n drawn faces: "train" is 0 .. n-1 of `seed`, "heldout" is the same for every seed.
+        UserError for a number above a million, or a size that cannot be drawn."""
         if not 1 <= n <= MAX_DRAWN:
-            raise UserError(f"drawn faces: choose 1 to {MAX_DRAWN}, not {n}")
+            raise UserError(f"--faces: choose 1 to {MAX_DRAWN} drawn faces, not {n}")
         first, seed = {"train": (0, seed), "heldout": (MAX_DRAWN, 0)}[split]
         numbers = torch.arange(first, first + n)
         try:
             faces = [to_uint8(draw_faces(part, seed, size)) for part in numbers.split(256)]
         except ValueError as error:
-            raise UserError(f"drawn faces: {error}") from None
+            raise UserError(f"--size or --seed: {error}") from None
         return cls(torch.cat(faces), [f"face {i}" for i in numbers.tolist()])
+
+    @classmethod
+    def load(cls, folder, size: int, split: str, faces: int, seed: int = 0):
+        """`from_folder`, or without a folder `faces` drawn faces."""
+        return (cls.from_folder(folder, size, split) if folder
+                else cls.drawn(faces, seed, size, split))
 
 
 def draw_degradation(rng, size: int, lo=0., hi=1.) -> dict:
-    """Arguments of `degrade`, uniform from fraction lo to hi of their ranges, mild to heavy."""
+    """Arguments of `degrade`, uniform between the fractions lo and hi of their ranges, which go
+    from mild to heavy."""
     def draw(mild, heavy):
         return mild + (heavy - mild) * rng.uniform(lo, hi)
     scale = (size / 512) ** SIZE_POWER
@@ -151,26 +135,28 @@ def draw_degradation(rng, size: int, lo=0., hi=1.) -> dict:
 
 
 def blur(x: Tensor, sigma_x: float, sigma_y: float, angle: float) -> Tensor:
-    """x (3, S, S) convolved with a rotated Gaussian, edges reflected (conv2d is far slower)."""
+    """x (3, S, S) convolved with a rotated Gaussian, edges reflected: (3, S, S). By FFT, because
+    conv2d is far slower."""
     size, radius = x.shape[-1], math.ceil(3 * max(sigma_x, sigma_y))
     offset, c, s = torch.arange(-radius, radius + 1.), math.cos(angle), math.sin(angle)
     u, v = c * offset + s * offset[:, None], c * offset[:, None] - s * offset
     kernel = torch.exp(-((u / sigma_x) ** 2 + (v / sigma_y) ** 2) / 2)      # (2 r + 1, 2 r + 1)
     x = F.pad(x, [radius] * 4, mode="reflect")                              # (3, S + 2 r, S + 2 r)
-    n = 16 * math.ceil((size + 2 * radius) / 16)        # a length that is quick to transform
+    n = 16 * math.ceil((size + 2 * radius) / 16)        # a length with a fast transform
     x = torch.fft.rfft2(x, s=(n, n)) * torch.fft.rfft2(kernel / kernel.sum(), s=(n, n))
     return torch.fft.irfft2(x, s=(n, n))[:, 2 * radius:, 2 * radius:][:, :size, :size]
 
 
 def jpeg(x: Tensor, quality: int) -> Tensor:
-    """uint8 (3, H, W), through a JPEG file."""
+    """uint8 (3, H, W) -> uint8 (3, H, W), through a JPEG file."""
     file = io.BytesIO()
     Image.fromarray(x.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
     return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
 
 
 def degrade(photo: Tensor, d: dict, rng) -> Tensor:
-    """uint8 (3, S, S) -> uint8 (3, S, S), by what draw_degradation drew. rng makes the noise."""
+    """uint8 (3, S, S) -> uint8 (3, S, S), by the arguments d of draw_degradation; rng draws the
+    noise."""
     size = photo.shape[-1]
     x = blur(photo.float(), d["sigma_x"], d["sigma_y"], d["angle"])         # (3, S, S)
     x = F.interpolate(x[None], size=int(size // d["factor"]), mode="bilinear")[0]   # (3, s, s)
@@ -180,7 +166,7 @@ def degrade(photo: Tensor, d: dict, rng) -> Tensor:
 
 
 def pairs(photos: Photos, index, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """(lq, gt) of the photos numbered `index` (B,): float32 (B, 3, S, S) in [-1, 1] each."""
+    """(lq, gt) of the photos with numbers `index` (B,): float32 (B, 3, S, S) in [-1, 1] each."""
     gt, lq = photos.images[torch.as_tensor(index)], []
     for photo, n in zip(gt, index):
         rng = np.random.default_rng([seed, epoch, int(n)])
@@ -188,11 +174,20 @@ def pairs(photos: Photos, index, seed: int, epoch: int) -> tuple[Tensor, Tensor]
     return to_float(torch.stack(lq)), to_float(gt)
 
 
+def graded(gt: Tensor, rng) -> tuple[Tensor, Tensor]:
+    """Two degradations of the photos gt (B, 3, S, S), one from the milder and one from the heavier
+    half of the ranges: (B, 3, S, S) each."""
+    photos, size = to_uint8(gt).cpu(), gt.shape[-1]
+    return tuple(to_float(torch.stack([degrade(photo, draw_degradation(rng, size, lo, hi), rng)
+                                       for photo in photos])).to(gt.device)
+                 for lo, hi in ((0.0, 0.5), (0.5, 1.0)))
+
+
 def batch_index(n: int, batch_size: int, seed: int, step: int):
-    """(epoch, index (B,)) of batch `step` of an endless stream, n photos shuffled every epoch.
-    Those that fill no batch sit the epoch out; fewer than a batch are repeated to fill one."""
+    """(epoch, index (B,)) of batch `step`; the n photos are shuffled in every epoch. An incomplete
+    last batch is left out; fewer photos than a batch are repeated."""
     epoch, batch = divmod(step, max(1, n // batch_size))
-    # [seed, epoch] would be pair 0's generator (numpy pads with zeros); n is no pair's number.
+    # [seed, epoch] would be the generator of pair 0 (numpy pads with zeros); no pair has number n.
     order = np.random.default_rng([seed, epoch, n]).permutation(n)
     return epoch, order[np.arange(batch * batch_size, (batch + 1) * batch_size) % n]
 
@@ -214,7 +209,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def sheet(columns: list[Tensor], scale=1) -> Image.Image:
-    """Tensors (B, 3, H, W) in [-1, 1] side by side (LQ | restored | GT), one image per line."""
+    """Tensors (B, 3, H, W) in [-1, 1] side by side (LQ | restored | GT), one image in each line."""
     x = torch.cat([to_uint8(column.detach().float().cpu()) for column in columns], dim=3)
     picture = Image.fromarray(x.permute(0, 2, 3, 1).flatten(0, 1).numpy())  # (B * H, columns * W)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

@@ -1,12 +1,12 @@
-"""How each reward reacts to graded damage, and what it does not see.
+"""How each reward reacts to graded damage, and what damage it does not detect.
 
-    python rewards.py [--data path/to/faces] [--rewards ...] [--out runs/report]
+    python -m tools.reward_report [--data path/to/faces] [--rewards ...] [--out runs/report]
 
-Every photo is spoilt in five grades of six kinds (all ours); each term scores each grade. "rho" is
-Spearman's rank correlation of a photo's five scores with the grade, averaged over the photos: -1
-where every grade costs. "fall" is what the heaviest grade takes off the mean score of the clean
-photos. A term is blind to a kind of damage whose fall is within a tenth of its largest fall, and
-rewards one that raises it by more.
+Every photo is damaged in six kinds and five grades (all ours), and each term scores each grade.
+"rho" is Spearman's rank correlation of a photo's five scores with the grade, averaged over the
+photos: -1 if every grade lowers the score. "fall" is the mean score of the clean photos minus that
+of the heaviest grade. A term is blind to a kind of damage if the fall is less than a tenth of its
+largest fall, and it rewards the damage if the score rises by more than that.
 """
 import argparse
 
@@ -15,31 +15,35 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from data import Photos, blur, jpeg, make_folder, to_float, to_uint8
-from evaluate import BATCH, positive
-from model import pick_device
-from rewards import build_reward, parse_rewards
+from model import BATCH
+from rewards import parse_rewards
+from settings import load_reward
+from support.checkpoint import pick_device
+from support.cli import ModelSettings, add_flags, make_folder, positive, run_main, settings_fields
+from support.data import Photos, blur, jpeg, to_float, to_uint8
 
 BLIND = 0.1     # ours: a share of the term's largest fall
 
 
 def swap(x, radius):
-    """The next face in a soft-edged disc about the centre, its radius a share of the side."""
+    """x (B, 3, S, S) with the next face of the batch in a soft-edged disc around the centre, whose
+    radius is a share of the side."""
     place = torch.linspace(-.5, .5, x.shape[-1])
     inside = torch.sigmoid((radius - (place ** 2 + place[:, None] ** 2).sqrt()) / .02)
     return x.lerp(x.roll(1, dims=0), inside)
 
 
-def one_noise():
+def same_noise():
+    """A generator that draws the same noise at every grade."""
     return torch.Generator().manual_seed(0)
 
 
-# name: (five grades, what spoils x (B, 3, S, S) by a grade)
+# name: (five grades, the function that damages x (B, 3, S, S) by a grade)
 DAMAGE = {
     "blur": ((.5, .8, 1.2, 1.8, 2.6),       # sigma in pixels of 64
              lambda x, g: torch.stack([blur(u, *[g * x.shape[-1] / 64] * 2, 0.) for u in x])),
-    "noise": ((5, 10, 20, 35, 50),          # sigma of 255; the same noise at every grade
-              lambda x, g: x + g / 127.5 * torch.randn(x.shape, generator=one_noise())),
+    "noise": ((5, 10, 20, 35, 50),          # sigma of 255
+              lambda x, g: x + g / 127.5 * torch.randn(x.shape, generator=same_noise())),
     "JPEG": ((90, 70, 45, 25, 10),          # quality
              lambda x, g: to_float(torch.stack([jpeg(u, g) for u in to_uint8(x)]))),
     "downsampling": ((1.33, 2, 3, 4, 6),    # factor, down and up again
@@ -53,8 +57,8 @@ DAMAGE = {
 
 
 def spearman(score: np.ndarray) -> float:
-    """Rank correlation of each row of (N, grades) with 1, 2, 3, ..., averaged over the rows; equal
-    scores share their mean rank, and a row of nothing else counts as 0."""
+    """Rank correlation of each row of (N, grades) with 1, 2, 3, ..., averaged over the rows. Equal
+    scores share their mean rank; a row of equal scores counts as 0."""
     u, v, grade = score[:, :, None], score[:, None], np.arange(score.shape[1])
     rank = (u > v).sum(axis=2) + (u == v).sum(axis=2) / 2               # (N, grades)
     rank, grade = rank - rank.mean(axis=1, keepdims=True), grade - grade.mean()
@@ -70,14 +74,14 @@ def scores(reward, x: torch.Tensor, device) -> dict[str, dict[str, np.ndarray]]:
                                                                        x.split(BATCH))]
         return {term: torch.cat([part[term] for part in parts]).cpu().numpy() for term in parts[0]}
     found, clean = {}, judge(x)
-    for kind, (grades, spoil) in DAMAGE.items():
-        columns = [clean, *(judge(spoil(x, grade).clamp(-1, 1)) for grade in grades)]
+    for kind, (grades, damage) in DAMAGE.items():
+        columns = [clean, *(judge(damage(x, grade).clamp(-1, 1)) for grade in grades)]
         found[kind] = {term: np.stack([column[term] for column in columns], 1) for term in clean}
     return found
 
 
 def table(found: dict) -> str:
-    """Markdown: a line a term, a column a kind of damage, and what the term does not see."""
+    """Markdown: a row for each term, a column for each kind of damage, and what it is blind to."""
     lines = ["| rho, fall | " + " | ".join([*found, "blind to", "rewards"]) + " |",
              "|---" * (len(found) + 3) + "|"]
     for term in next(iter(found.values())):
@@ -94,7 +98,8 @@ def table(found: dict) -> str:
 
 
 def curves(found: dict, path):
-    """Small panels: a row a term, a column a kind of damage; mean and middle half of the photos."""
+    """Small panels, a row for each term and a column for each kind of damage: the mean score and
+    the range of the middle half of the photos."""
     terms = list(next(iter(found.values())))
     fig = Figure(figsize=(2.1 * len(found), 1.7 * len(terms)))
     axes = fig.subplots(len(terms), len(found), squeeze=False, sharey="row")
@@ -111,37 +116,35 @@ def curves(found: dict, path):
 
 
 def report(args):
+    """Score the damaged photos, print the table, write rewards.md and rewards.png."""
     device = pick_device(args.device)
-    reward = build_reward(parse_rewards(args.rewards), device, args.frm_weights, args.lpips_net,
-                          args.lpips_weights, args.clip_weights, args.size)
+    reward = load_reward(parse_rewards(args.rewards), args, args.frm_weights or "runs/frm/last.pt",
+                         device, args.size)
     photos = (Photos.from_folder(args.data, args.size, "heldout", args.n) if args.data
               else Photos.drawn(args.n, 0, args.size, "heldout"))
     out = make_folder(args.out)
     found = scores(reward, to_float(photos.images), device)
     text = (f"{len(photos)} held-out photos ({args.data or 'drawn faces'}) of {args.size} px\n\n"
-            f"{table(found)}\n\nrho: Spearman's correlation with the grade (-1: each grade costs); "
-            "fall: what the heaviest grade costs.\n")
+            f"{table(found)}\n\nrho: Spearman's correlation with the grade (-1: each grade lowers "
+            "the score); fall: what the heaviest grade takes off the score.\n")
     print(text)
     (out / "rewards.md").write_text(text)
     curves(found, out / "rewards.png")
-    print(f"{out}/rewards.png: a row a term, a column a kind of damage, from clean to grade 5")
+    print(f"{out}/rewards.png: rows are terms, columns kinds of damage, from clean to grade 5")
 
 
 def parser() -> argparse.ArgumentParser:
+    """The flags of this program."""
     p = argparse.ArgumentParser(description="How each reward reacts to graded damage.")
     p.add_argument("--data", help="folder of photos with held-out files (default: drawn faces)")
     p.add_argument("--rewards", default="offline", help="a set, or name=weight,... (offline)")
     p.add_argument("--n", type=positive, default=200, help="how many photos (200)")
     p.add_argument("--size", type=positive, default=32, help="their side in pixels, as the face "
                    "reward model was trained on (32)")
-    p.add_argument("--frm_weights", default="runs/frm/last.pt", help="(runs/frm/last.pt)")
-    p.add_argument("--lpips_net", default="squeeze", choices=["squeeze", "alex", "vgg"])
-    p.add_argument("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")
-    p.add_argument("--clip_weights", help="file of CLIP RN50 (default: fetched)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--out", default="runs/report", help="for rewards.md and rewards.png")
+    add_flags(p, settings_fields(ModelSettings))
     return p
 
 
-def main():
-    report(parser().parse_args())
+if __name__ == "__main__":
+    run_main(lambda: report(parser().parse_args()))

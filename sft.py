@@ -1,0 +1,58 @@
+"""SFT: supervised training of the restorer, and the moving average of its weights.
+
+Paper    DDPM (Ho et al. 2020), algorithm 1, with v instead of eps (Salimans & Ho 2022).
+Steps    of the algorithm:
+         1. Noise the ground truth to a random level t, and predict v.    `Diffusion.loss`
+         2. Take an optimiser step on the mean squared error.             `SFT.step`
+         3. Average the weights over the last steps.                      `EMA`
+"""
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from model import MAX_GRAD_NORM, Diffusion
+from support.cli import setting
+
+
+@dataclass
+class SFTSettings:
+    """Default, published value and meaning; a preset replaces the default."""
+    lr: float = setting(1e-3, None, "learning rate of AdamW")
+
+
+class SFT:
+    """Supervised training (mode sft): one `step` is one optimiser step on `Diffusion.loss`."""
+
+    def __init__(self, net, diffusion: Diffusion, generator: torch.Generator, settings):
+        self.net, self.diffusion, self.generator = net, diffusion, generator
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, fused=True)
+
+    def step(self, batch) -> dict[str, float]:
+        """batch = (lq, gt), each (B, 3, H, W). Returns the metrics."""
+        loss = self.diffusion.loss(self.net, *batch, self.generator).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        return {"loss": loss.item(), "grad_norm": grad_norm.item()}
+
+
+class EMA:
+    """An exponential moving average of the weights. It is what is evaluated and sampled from."""
+
+    def __init__(self, net: nn.Module, decay: float, from_scratch: bool = True):
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.decay, self.from_scratch, self.updates = decay, from_scratch, 0
+
+    @torch.no_grad()
+    def update(self, net: nn.Module):
+        """Move the average towards the weights of `net`, by 1 - decay."""
+        self.updates += 1
+        decay = self.decay
+        if self.from_scratch:   # a short average at first, or the random start would stay in it
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - decay)
+        for mine, theirs in zip(self.net.buffers(), net.buffers()):
+            mine.copy_(theirs)

@@ -1,0 +1,95 @@
+"""What all programs share on the command line: mistakes of the user, numbers, settings as flags."""
+import argparse
+import math
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake of the user (a bad path, file or flag). It is told in one sentence, without a
+    trace. Every other error is a bug and keeps its trace."""
+
+
+def run_main(main):
+    """Run a program. A UserError ends it with its sentence and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def is_blocked(folder) -> bool:
+    """Whether a file stands where this folder, or one above it, would be."""
+    return any(path.is_file() for path in (Path(folder), *Path(folder).parents))
+
+
+def make_folder(path, flag: str = "--out") -> Path:
+    """The folder `path`, created if needed. UserError if that is not possible."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: not a folder to write to ({error.strerror})") from None
+    return Path(path)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number of this kind (int or float) from low to high."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number "
+                                             f"from {low} to {high}")
+        return value
+    return parse
+
+
+positive, at_least_two, whole = number(int, 1), number(int, 2), number(int, 0)
+amount, share, above_zero = number(float, 0), number(float, 0, 1), number(float, 0.001, 1)
+seed = number(int, 0, 2 ** 32 - 2)      # 2^32 - 1 is the seed of the held-out degradations
+
+
+def setting(default, paper, meaning: str, **more):
+    """A field of a settings dataclass: its default, the published value and a line for --help.
+    `more`: choices, or type, an argparse type other than the one that TYPES has for the field."""
+    return field(default=default, metadata={"paper": paper, "meaning": meaning, **more})
+
+
+TYPES = {int: positive, float: amount, str: str}
+
+
+def settings_fields(dataclass) -> dict:
+    """The fields of a settings dataclass that can be set, by name."""
+    return {f.name: f for f in fields(dataclass) if f.init}
+
+
+def add_flags(p: argparse.ArgumentParser, known: dict, by_preset=frozenset(), only_given=False):
+    """One flag for each field in `known`. --help calls a default in `by_preset` "by preset".
+    `only_given`: a flag that is not on the command line is left out of the parsed result."""
+    for name, f in known.items():
+        default = argparse.SUPPRESS if only_given else f.default
+        if f.type is bool:
+            p.add_argument(f"--{name}", action="store_true", default=default,
+                           help=f.metadata["meaning"])
+            continue
+        facts = {"default": "by preset" if name in by_preset else f.default,
+                 "paper": f.metadata["paper"]}
+        p.add_argument(f"--{name}", default=default, type=f.metadata.get("type", TYPES[f.type]),
+                       choices=f.metadata.get("choices"), help="; ".join(
+                           [f.metadata["meaning"],
+                            *(f"{key}: {v}" for key, v in facts.items() if v is not None)]))
+
+
+@dataclass
+class ModelSettings:
+    """Flags of every program that scores pictures: the models' files, and the device."""
+    frm_weights: str = setting(None, None, "face reward model; left out: frm/last.pt beside the "
+                               "run")
+    lpips_net: str = setting("squeeze", "vgg", "backbone of LPIPS",
+                             choices=["squeeze", "alex", "vgg"])
+    lpips_weights: str = setting(None, None, "file of the LPIPS backbone; left out: fetched")
+    clip_weights: str = setting(None, None, "file of CLIP RN50; left out: fetched")
+    device: str = setting("auto", None, "auto, cpu or cuda")

@@ -1,0 +1,44 @@
+"""metrics.csv: one row for each step, and the curves drawn from it."""
+import csv
+import math
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+class Log:
+    """The rows of metrics.csv. It is written with each checkpoint, so that the two agree."""
+
+    def __init__(self, path: Path, start: float = math.inf):
+        """Reads the rows up to step `start` of a run that goes on; none for start = 0."""
+        self.path, self.rows = path, []
+        if start and path.exists():
+            with open(path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+
+    def names(self) -> list[str]:
+        """Every column, in the order of appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def write(self):
+        """Write all rows. A column that a row lacks stays empty there."""
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.names(), restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def curves(self, path: Path):
+        """A small panel for each column, against the step."""
+        names = self.names()[2:]                # all but step and seconds
+        lines = -(-len(names) // 4)
+        fig = Figure(figsize=(14, 2.4 * lines))
+        axes = fig.subplots(lines, 4, squeeze=False)
+        for ax in axes.flat[len(names):]:
+            ax.axis("off")
+        for ax, name in zip(axes.flat, names):
+            rows = [row for row in self.rows if row.get(name) not in (None, "")]
+            points = [(int(row["step"]), float(row[name])) for row in rows]
+            ax.plot(*zip(*points), marker="." if len(points) < 30 else "")
+            ax.set_title(name, fontsize=9)
+        fig.tight_layout()
+        fig.savefig(path, dpi=70)
