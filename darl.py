@@ -8,8 +8,10 @@ Claims   of the abstract, in our words, and the flags that test them:
            2. RL is for hard samples, those far from their ground truth.    --blend hard, easy, 1
            3. As samples come near, supervised training is blended in, with a weight that follows
               their relative difficulty.                                    --blend adaptive, .5
-           4. Rewards are given step by step along the trajectory (off).    --stepwise on
-           5. A KL term keeps the policy near the pretrained one (off).     --kl_weight .1
+           4. Rewards are given step by step along the trajectory (off by   --stepwise on
+              default).
+           5. A KL term keeps the policy near the pretrained one (off by    --kl_weight .1
+              default).
 Reading  (ours) For each LQ image i of a rollout, with its group of G restorations:
            d_i      = mean distance from the ground truth, LPIPS or L1      `difficulty`
            rho_i    = d_i / running mean of d
@@ -30,7 +32,7 @@ from support.cli import UserError, setting, share
 MEAN_DECAY = 0.95       # ours: a running mean over about twenty rollouts, as the policy improves
 
 
-def blend(text: str) -> str:
+def blend_choice(text: str) -> str:
     """An argparse type: adaptive, hard, easy or a number from 0 to 1."""
     if text not in ("adaptive", "hard", "easy"):
         share(text)
@@ -41,13 +43,14 @@ def blend(text: str) -> str:
 class DARLSettings(BranchedSettings):
     """LRPO's settings without its loss weights, and DARL's own. No published value is known.
 
-    UserError for step-wise rewards with a branch: the members of a group share the state before the
-    branch, so that its score cancels in the advantage."""
-    pg_weight: float = field(default=1.0, init=False)
+    Raises UserError for step-wise rewards with a branch: the members of a group share the state
+    before the branch, so that its score cancels in the advantage."""
+    pg_weight: float = field(default=1.0, init=False)       # init=False: no flag of this mode
     gt_weight: float = field(default=0.0, init=False)
     gt_last: int = field(default=0, init=False)
     blend: str = setting("adaptive", None, "share of RL in an image's loss: adaptive, hard (above "
-                         "the mean difficulty only), easy, or a number from 0 to 1", type=blend)
+                         "the mean difficulty only), easy, or a number from 0 to 1",
+                         type=blend_choice)
     sft_weight: float = setting(0.2, None, "weight of the supervised loss")
     kl_weight: float = setting(0.0, None, "weight of the KL from the starting policy")
     stepwise: str = setting("off", None, "credit each step with the reward gained after it",
@@ -72,10 +75,7 @@ def blend_weight(rho: Tensor, blend: str) -> Tensor:
 
 
 class DARL(BranchedLRPO):
-    """LRPO's rollout and policy gradient, with a loss blended with SFT's by difficulty.
-
-    best.pt is chosen by the reward, which can be hacked, so last.pt is what is compared.
-    """
+    """LRPO's rollout and policy gradient, with a loss blended with SFT's by difficulty."""
 
     def __init__(self, net, diffusion, reward, generator, settings, lpips=None):
         super().__init__(net, diffusion, reward, generator, settings)
@@ -90,7 +90,8 @@ class DARL(BranchedLRPO):
         return d.view(-1, self.settings.group).mean(dim=1)
 
     def score(self, restored: Tensor, gt: Tensor):
-        """As LRPO's. It also sets the difficulty and lambda of each image, (P,) each."""
+        """As LRPO.score. Side effect: keeps the difficulty and lambda of each image, (P,) each, for
+        `loss`, and gt for `assign_advantages`."""
         self.gt, self.d = gt, self.difficulty(restored, gt)                     # d: (P,)
         self.mean = self.d.mean() if self.mean is None else self.mean
         self.blend_weights = blend_weight(self.d / self.mean, self.settings.blend)      # (P,)
@@ -98,8 +99,8 @@ class DARL(BranchedLRPO):
         return super().score(restored, gt)
 
     def assign_advantages(self, steps, rewards: Tensor, weights: Tensor):
-        """As LRPO's. Step-wise: a step is credited with the reward gained from it on, R(x_0) minus
-        the reward of x0_hat before the step."""
+        """As LRPO.assign_advantages. Step-wise: a step is credited with the reward gained from it
+        on, R(x_0) minus the reward of x0_hat before the step."""
         if self.settings.stepwise == "off":
             return super().assign_advantages(steps, rewards, weights)
         for step, w in zip(steps, weights):
@@ -123,8 +124,8 @@ class DARL(BranchedLRPO):
         return loss, {"pg_loss": rl, "sft_loss": sft, **terms}
 
     def step(self, batch) -> dict[str, float]:
-        """As LRPO's. The metrics also hold difficulty and lambda, their mean and standard deviation
-        over the images."""
+        """As LRPO.step. The metrics also hold difficulty and lambda, their mean and standard
+        deviation over the images."""
         stats = super().step(batch)
         for name, values in (("difficulty", self.d), ("lambda", self.blend_weights)):
             stats |= {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}

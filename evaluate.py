@@ -14,20 +14,21 @@ from pathlib import Path
 import torch
 
 from model import BATCH, EVAL_ETA, load_restorer, restore
-from rewards import LPIPS, parse_rewards, psnr, ssim
+from rewards import parse_rewards, psnr, ssim
 from settings import load_reward
 from support.checkpoint import pick_device
-from support.cli import (ModelSettings, UserError, add_flags, make_folder, positive, run_main, seed,
-                         settings_fields, share)
+from support.cli import (ModelSettings, UserError, add_flags, make_folder, positive, run_main,
+                         seed_number, settings_fields, share)
 from support.data import Photos, pairs, sheet
-from support.frontier import (FRONTIER_STEPS, draw_frontier, frontier, sampler_points,
+from support.frontier import (FRONTIER_STEPS, distances_beyond, draw_frontier, sampler_points,
                               standard_error, verdict)
+from support.lpips_reward import LPIPS
 
 HELD_OUT_SEED = 2 ** 32 - 1     # of the held-out degradations; no run can have it
 
 
 def held_out(data, size: int, n: int, device):
-    """(lq, gt) of n held-out images, (n, 3, S, S) each: the same in every run and evaluation."""
+    """(lq, gt) of at most n held-out images, (n, 3, S, S) each, the same in every run."""
     photos = (Photos.from_folder(data, size, "heldout", n) if data
               else Photos.drawn(n, 0, size, "heldout"))
     lq, gt = pairs(photos, range(len(photos)), HELD_OUT_SEED, epoch=0)
@@ -64,7 +65,7 @@ def table(rows: dict[str, dict], base: str) -> str:
     """A markdown table of means, each row compared with the row `base`. A reward term that has a
     column of its own (ssim, lpips) is left out."""
     names = list(next(iter(rows.values())))
-    names = [name for name in names if name.removeprefix("r_") not in names or name[:2] != "r_"]
+    names = [name for name in names if not (name.startswith("r_") and name[2:] in names)]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, row in rows.items():
         cells = []
@@ -95,7 +96,7 @@ def place_on_frontier(rows: dict, measured, Ks: list[int], eta: float, out: Path
           "against its frontier:")
     other = {f"K = {K}": points[K, eta] for K in FRONTIER_STEPS}
     print(table({first: rows[first]} | other, first))
-    beyond = {name: frontier({label: rows[label] for label in others}, points, name)
+    beyond = {name: distances_beyond({label: rows[label] for label in others}, points, name)
               for name in names}
     for name, places in beyond.items():
         print(*(verdict(label, name, *place) for label, place in places.items()), sep="\n")
@@ -105,7 +106,8 @@ def place_on_frontier(rows: dict, measured, Ks: list[int], eta: float, out: Path
 
 
 def load(args, device):
-    """The networks, their checkpoints and their labels. UserError for different image sizes."""
+    """The networks, their checkpoints and their labels. Raises UserError for different image
+    sizes."""
     nets, states = zip(*[load_restorer(path, device) for path in args.ckpt])
     size = nets[0].config.size
     for path, net in zip(args.ckpt, nets):
@@ -122,8 +124,8 @@ def compare(args):
     """Restore with every checkpoint, print the tables, write metrics.json and the pictures."""
     device = pick_device(args.device)
     nets, states, labels = load(args, device)
-    size, saved, K = nets[0].config.size, states[0]["args"], args.ddim_steps
-    Ks = [K or state["args"]["ddim_steps"] for state in states]
+    size, saved = nets[0].config.size, states[0]["args"]
+    Ks = [args.ddim_steps or state["args"]["ddim_steps"] for state in states]
     frm = args.frm_weights or Path(args.ckpt[0]).resolve().parent.parent / "frm" / "last.pt"
     reward = load_reward(parse_rewards(args.rewards or saved["rewards"]), args, frm, device, size)
     lpips = reward.terms.get("lpips")
@@ -175,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rewards", help="name=weight,... or a set (default: as the first checkpoint)")
     p.add_argument("--ddim_steps", type=positive, help="K (default: each as it was trained)")
     p.add_argument("--eta", type=share, default=EVAL_ETA, help=f"DDIM noise ({EVAL_ETA})")
-    p.add_argument("--seed", type=seed, default=0, help="of the sampler's noise (0)")
+    p.add_argument("--seed", type=seed_number, default=0, help="of the sampler's noise (0)")
     p.add_argument("--out", default="runs/evaluation", help="for metrics.json and the pictures")
     add_flags(p, settings_fields(ModelSettings))
     return p

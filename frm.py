@@ -3,13 +3,13 @@
 Paper    DiffusionReward (Wu et al. 2025, arXiv 2505.17910): preference pairs, the pair loss, labels
          in two stages, and CLIP ViT-H-14 tuned on preferences (`ClipFaceRewardModel`).
 Steps    of the training:
-         1. Make pairs (better, worse) whose order is known.              `FaceRewardTraining.pairs`
+         1. Make pairs (better, worse) whose order is known.              `preference_pairs`
          2. Optionally let an SVM label pairs whose order is not known.   support/labels.py
          3. Raise the score of the better picture over the other's.       `pair_loss`
 Departs  Ours by default is a small network without text, trained here in a minute. For CLIP one
          sentence (`CAPTION`) stands in for a caption of each photo.
 Found    (docs/results.md) Trained on blurred and compressed pictures alone, the model prefers a
-         noisy photo to the photo itself in 99 of 100 pairs. `add_artefacts` mends that. Even so, a
+         noisy photo to the photo itself in 99 of 100 pairs. `add_artefacts` corrects this. Still, a
          policy gradient or ReFL without any regularisation hacks the model.
 
 Both models have one interface: `score(x)` is the Bradley-Terry score in logits, (B,), which the
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from model import gaussian, norm, restore
 from rewards import dwt, psnr, ssim
 from support.checkpoint import load_tensors
-from support.cli import UserError, above_zero, setting
+from support.cli import UserError, policy_eta, setting
 from support.clipiqa import build_clip, normalise
 from support.data import Photos, graded, pairs
 
@@ -78,8 +78,8 @@ CAPTION = "a clear, natural photo of a face"    # ours: the paper has a caption 
 class ClipFaceRewardModel(nn.Module):
     """The papers' model: the cosine of the image's and the caption's embeddings.
 
-    `clip` is a CLIP with a ViT, from `build_clip`. Images are resized to its own size bilinearly,
-    as by the published Resize(224).
+    `clip` is a CLIP with a ViT, from `build_clip`. Images are resized to CLIP's input size
+    bilinearly, as by the published Resize(224).
     """
 
     def __init__(self, clip: nn.Module):
@@ -114,10 +114,10 @@ class ClipFaceRewardModel(nn.Module):
 
 def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
     """The model in a file: one of ours (--mode frm), or the published FaceRewardModel.pth, a dict
-    whose `state_dict` is an open_clip model's. UserError if the file is neither.
+    whose `state_dict` is an open_clip model's. Raises UserError if the file is neither.
 
     `config`: of a CLIP other than ViT-H-14. `size`: side of the images to be scored, in pixels;
-    UserError if a model of ours was trained at another size."""
+    Raises UserError if a model of ours was trained at another size."""
     remedy = "train one with train.py --mode frm, or use --rewards ssim=.5,dwt=.5"
     source, state = f"--frm_weights {path}", load_tensors(path, "--frm_weights", remedy)
     ours = isinstance(state, dict) and state.get("mode") == "frm"
@@ -147,7 +147,7 @@ def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
 class FRMSettings:
     """Default, published value and meaning; a preset may replace the default."""
     lr: float = setting(1e-3, 2e-6, "learning rate of AdamW")
-    eta: float = setting(1.0, None, "DDIM noise of the restorations in the pairs", type=above_zero)
+    eta: float = setting(1.0, None, "DDIM noise of the restorations in the pairs", type=policy_eta)
     labels: str = setting("known", None, "known (pairs of known order), svm (also pairs that an "
                           "SVM labels), or a CSV file of a person's labels, which train the SVM")
 
@@ -160,18 +160,19 @@ class FaceRewardTraining:
     `labelled`: (better, worse), (M, 3, H, W) each, pairs that a person or an SVM has labelled.
     """
 
-    def __init__(self, model: nn.Module, generator: torch.Generator, restored: Tensor,
-                 photos: Tensor, lr=1e-3, labelled: tuple[Tensor, Tensor] = None):
+    def __init__(self, model: nn.Module, generator: torch.Generator, settings, restored: Tensor,
+                 photos: Tensor, labelled: tuple[Tensor, Tensor] = None):
         self.net, self.generator, self.restored, self.photos = model, generator, restored, photos
         self.labelled = labelled
         trained = [p.requires_grad_() for p in model.trained()]
-        self.optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
+        self.optimizer = torch.optim.AdamW(trained, lr=settings.lr, fused=True)
 
-    def pairs(self, lq: Tensor, gt: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def preference_pairs(self, lq: Tensor, gt: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """From lq and gt (B, 3, H, W): each kind of pair (better, worse), (B, 3, H, W) each."""
-        pick, seed = (torch.randint(n, (k,), generator=self.generator)
-                      for n, k in ((len(self.photos), len(gt)), (2 ** 31, 1)))
-        mild, heavy = graded(gt, np.random.default_rng(seed.item()))
+        pick = torch.randint(len(self.photos), (len(gt),), generator=self.generator)    # (B,)
+        seed = torch.randint(2 ** 31, (1,), generator=self.generator).item()
+        mild, heavy = graded(gt, np.random.default_rng(seed))
+        # Half photos, half restorations: artefacts must lower the score of both.
         clean = torch.cat([gt[::2], self.restored[pick][1::2]])
         kinds = {"degraded": (gt, lq), "graded": (mild, heavy),
                  "restored": (self.photos[pick], self.restored[pick]),
@@ -183,8 +184,8 @@ class FaceRewardTraining:
 
     def step(self, batch) -> dict[str, float]:
         """batch = (lq, gt), each (B, 3, H, W). Returns the loss and the accuracy of each kind."""
-        pairs = self.pairs(*batch)
-        scores = {kind: (self.net.score(a), self.net.score(b)) for kind, (a, b) in pairs.items()}
+        scores = {kind: (self.net.score(a), self.net.score(b))
+                  for kind, (a, b) in self.preference_pairs(*batch).items()}
         loss = sum(pair_loss(a, b) for a, b in scores.values()) / len(scores)
         self.optimizer.zero_grad()
         loss.backward()
@@ -210,13 +211,13 @@ def metric_vector(x: Tensor, gt: Tensor = None) -> np.ndarray:
     """What the SVM compares of images (N, 3, H, W): (N, 6), without ground truth (N, 3).
 
     The log energy of the three finest octaves, which tells blur and noise, then SSIM, low-pass
-    fidelity and PSNR. The paper's metrics are others (ours).
+    fidelity and PSNR. These metrics are ours; the paper uses others.
     """
     columns, fine = [], x
     for _ in range(3):
         coarse = F.avg_pool2d(fine, 2)
         detail = fine - F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")
-        columns.append((detail.square().mean(dim=(1, 2, 3)) + 1e-8).log())
+        columns.append((detail.square().mean(dim=(1, 2, 3)) + 1e-8).log())  # 1e-8: a flat image
         fine = coarse
     if gt is not None:
         columns += [ssim(x, gt), dwt(x, gt), psnr(x, gt)]
@@ -224,8 +225,8 @@ def metric_vector(x: Tensor, gt: Tensor = None) -> np.ndarray:
 
 
 def unknown_pairs(net, photos: Photos, n: int, K: int, eta: float, seed: int):
-    """Pairs whose order is not known: a, b, gt (n, 3, H, W) each. n photos are degraded twice and
-    restored by `net` in K steps."""
+    """Pairs whose order is not known: a, b, gt, at most (n, 3, H, W) each. n photos are degraded
+    twice and restored by `net` in K steps."""
     index = np.random.default_rng(seed).permutation(len(photos))[:n]
     device, both = next(net.parameters()).device, []
     for epoch in (0, 1):        # another epoch is another degradation of the same photo

@@ -10,8 +10,8 @@ Steps    of the algorithm, in the order of `LRPO.step`:
          4. Weight the advantage of each step by its noise (strategy 3).  `noise_level_weights`
          5. Raise the likelihood of the better trajectories, clipped.     `clipped_loss`
          6. Raise the likelihood of the ground truth (strategy 2).        `gt_likelihood_loss`
-Settings `LRPOSettings` has the published values; `--recipe paper` uses all of them. Our own recipe,
-         which is the default, is in steered.py.
+Shapes   P LQ images, G restorations of each, B = P * G, D = 3HW. t-1 in the paper is s here.
+Settings `LRPOSettings`; `--recipe paper` uses all published values. Our recipe is in steered.py.
 Departs  The published code                             here
          noises the ground truth cumulatively           q(x_s | x_gt), noised once
          groups images by their caption                 a group is one LQ image
@@ -19,8 +19,6 @@ Departs  The published code                             here
          drops samples of advantage 0                   every sample counts in the likelihood
          lets the exponent of the likelihood be > 0     at most 0
          has leading steps and scaled-linear betas      trailing steps, DDPM's linear betas
-         trains 49 of 50 steps, "the last 5" of them    the same: the last DDIM step has sigma = 0
-                                                        and no density, so it is only sampled
          has no warm-up and no average of the weights   both, see settings.py
 """
 import math
@@ -30,7 +28,7 @@ import torch
 from torch import Tensor
 
 from model import MAX_GRAD_NORM, Diffusion, gaussian
-from support.cli import above_zero, at_least_two, setting, whole
+from support.cli import at_least_two, policy_eta, setting, whole
 
 ADV_EPS = 1e-4              # LRPO's code: bounds the advantage where the rewards hardly differ
 ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
@@ -42,13 +40,13 @@ RATIO_SLACK = 1e-5          # ours: a CPU gives exactly 1; a GPU may use another
 
 @dataclass
 class LRPOSettings:
-    """Default, published value and meaning; a preset may replace the default."""
+    """Default, published value and meaning. A preset or --recipe paper replaces the default."""
     lr: float = setting(1e-4, 1e-6, "learning rate of AdamW")
     ddim_steps: int = setting(5, 50, "K, sampling steps", type=at_least_two)
-    eta: float = setting(1.0, 1.0, "DDIM noise of the rollouts, above 0", type=above_zero)
+    eta: float = setting(1.0, 1.0, "DDIM noise of the rollouts, above 0", type=policy_eta)
     group: int = setting(8, 9, "G, restorations of one image", type=at_least_two)
-    updates: int = setting(1, 1, "passes over a rollout")
-    steps_per_update: int = setting(1, 1, "DDIM steps whose mean loss makes one optimiser step "
+    updates: int = setting(2, 1, "passes over a rollout")
+    steps_per_update: int = setting(0, 1, "DDIM steps whose mean loss makes one optimiser step "
                                     "(0: all)", type=whole)
     clip: float = setting(None, None, "clip range of the ratio; left out: 1.64 / D, the published "
                           "1e-4 at D = 4*64*64")
@@ -69,7 +67,6 @@ def default_clip(D: int) -> float:
 def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
     """log N(x; mu, sigma^2 I), averaged over the D dimensions, in float32: x and mu (B, 3, H, W),
     sigma > 0 a scalar -> (B,).
-
     DDPO's and LRPO's code take the mean as well: with the sum over D the ratio overflows."""
     x, mu, sigma = x.float(), mu.float(), sigma.float()
     log_prob = -((x - mu) / sigma) ** 2 / 2 - torch.log(sigma) - math.log(2 * math.pi) / 2
@@ -109,8 +106,8 @@ def gt_likelihood_loss(log_prob: Tensor) -> Tensor:
 
 
 @dataclass
-class Step:
-    """One trained DDIM step t -> s of a rollout of B = P * G trajectories."""
+class Transition:
+    """One trained DDIM step t -> s of the B trajectories of a rollout."""
     t: int
     s: int
     x: Tensor                   # (B, 3, H, W)  x_t, the state
@@ -141,14 +138,14 @@ class LRPO:
         return self.diffusion.ddim_step(self.net, x, lq, t, s, self.settings.eta)
 
     @torch.no_grad()
-    def rollout(self, lq: Tensor) -> tuple[Tensor, list[Step]]:
+    def rollout(self, lq: Tensor) -> tuple[Tensor, list[Transition]]:
         """Restore lq (B, 3, H, W): the results (B, 3, H, W), unclamped, and the steps to train."""
         x, steps = gaussian(lq, self.generator), []                     # x_T
         for t, s in self.schedule[:-1]:
             mu, sigma, x0_hat = self.policy(x, lq, t, s)
             action = mu + sigma * gaussian(x, self.generator)
             log_prob = gaussian_log_prob(action, mu, sigma)
-            steps.append(Step(t, s, x, action, log_prob, x0_hat))
+            steps.append(Transition(t, s, x, action, log_prob, x0_hat))
             x = action
         restored, _, _ = self.policy(x, lq, *self.schedule[-1])         # sigma = 0
         return restored, steps
@@ -157,25 +154,26 @@ class LRPO:
         """The composite reward R (B,) and its terms by name, (B,) each."""
         return self.reward(restored, gt)
 
-    def step_weights(self, steps: list[Step]) -> Tensor:
+    def step_weights(self, steps: list[Transition]) -> Tensor:
         """The noise-level weight of each step, (n,); ones with strategy 3 off."""
         sigma = torch.stack([self.diffusion.sigma(step.t, step.s, self.settings.eta)
                              for step in steps])
-        off = self.settings.noise_level_weights == "off"
-        return torch.ones_like(sigma) if off else noise_level_weights(sigma)
+        on = self.settings.noise_level_weights == "on"
+        return noise_level_weights(sigma) if on else torch.ones_like(sigma)
 
-    def assign_advantages(self, steps: list[Step], rewards: Tensor, weights: Tensor):
+    def assign_advantages(self, steps: list[Transition], rewards: Tensor, weights: Tensor):
         """A_{i,t} = clip(A_i w_t), from one reward for each trajectory: rewards (P, G)."""
         A = group_advantages(rewards, self.settings.adv_std).flatten()  # (B,)
         for step, w in zip(steps, weights):
             step.advantage = (A * w).clamp(-ADV_CLIP, ADV_CLIP)
 
-    def gt_log_prob(self, step: Step, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+    def gt_log_prob(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
         """log pi(x_gt_s | x_t, LQ) at the policy's own x_t, averaged over D: (B,)."""
         return gaussian_log_prob(step.x_gt, mu, sigma)
 
-    def loss(self, step: Step, lq: Tensor, gt: Tensor, mu: Tensor, sigma: Tensor, pg: Tensor):
-        """The loss of one step, a scalar, and its terms by name; pg (B,) is `clipped_loss`'s."""
+    def loss(self, step: Transition, lq: Tensor, gt: Tensor, mu: Tensor, sigma: Tensor, pg: Tensor):
+        """The loss of one transition, a scalar, and its terms by name. lq, gt, mu (B, 3, H, W);
+        sigma a scalar; pg (B,) is the result of `clipped_loss`."""
         likelihood = gt_likelihood_loss(self.gt_log_prob(step, gt, mu, sigma)).mean()
         last = self.schedule[:-1][-self.settings.gt_last:]              # [0:] is all of them
         weight = self.gt_weight if (step.t, step.s) in last else 0.0
@@ -200,15 +198,16 @@ class LRPO:
                 seen.append(self.update(steps[i:i + n], lq, gt, first))
                 first = False
         std = R.view(-1, G).std(dim=1, correction=0)                    # (P,)
+        # `seen` holds the last pass. One transfer from the device serves all metrics.
         stats = {"reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
                  "reward_std": std.mean(), "equal_groups": (std < MIN_STD).float().mean(),
                  **{k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]},
                  "ratio_max": torch.stack([u["ratio_max"] for u in seen]).max()}
         return dict(zip(stats, torch.stack(list(stats.values())).tolist()))
 
-    def update(self, steps: list[Step], lq: Tensor, gt: Tensor, first: bool) -> dict[str, Tensor]:
-        """One optimiser step on the mean loss of `steps`. RuntimeError if the ratio is not 1 at the
-        first update: then rollout and update do not compute the same policy."""
+    def update(self, steps: list[Transition], lq: Tensor, gt: Tensor, first: bool):
+        """One optimiser step on the mean loss of `steps`. Raises RuntimeError if the ratio is not 1
+        at the first update: then rollout and update do not compute the same policy."""
         self.optimizer.zero_grad()
         seen = []
         for step in steps:

@@ -5,14 +5,14 @@ Papers   DDPM (Ho et al. 2020): the linear noise schedule, q(x_t | x_0).
          v-prediction (Salimans & Ho 2022): v = sqrt(abar) eps - sqrt(1 - abar) x_0.
          Trailing time steps (Lin et al. 2024): sampling starts at t = T-1, at almost pure noise.
          Preconditioning (EDM, Karras et al. 2022), here around the LQ image: `Diffusion.prior_v`.
-Departs  The low-quality face (LQ) is concatenated to x_t. There is no ControlNet, no VAE and no
-         text. There is no dropout: a policy must give the same likelihood in rollout and update.
+Departs  Unlike DiffBIR, the base model of LRPO, it has no ControlNet, no VAE and no text: the
+         low-quality face (LQ) is concatenated to x_t. It has no dropout, because a policy must give
+         the same likelihood in rollout and update.
 
 Contract An image is float32 (B, 3, H, W), RGB, in [-1, 1]. t is an int64 tensor (B,), 0 .. T-1. A
          sampling step goes from t to s < t, and s = -1 is the clean image (abar = 1). Only
          `Diffusion` sees v; everything else sees mu, sigma and x0_hat.
 """
-import copy
 import math
 from dataclasses import dataclass, fields
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from support.checkpoint import load_tensors
 from support.cli import UserError
 
-MAX_GRAD_NORM = 1.0     # LRPO's code: the gradient of every method is clipped to this norm
+MAX_GRAD_NORM = 1.0     # LRPO's code; here in sft, lrpo, refl and darl, not for reward models
 EVAL_ETA = 0.8          # LRPO's code: eta at inference (it trains with 1.0)
 BATCH = 100             # ours: how many images are restored or scored at a time
 
@@ -32,7 +32,7 @@ BATCH = 100             # ours: how many images are restored or scored at a time
 class Config:
     """Everything needed to build the network again. A checkpoint holds it as a plain dict.
 
-    UserError for a size that the levels cannot halve, or for widths that are no multiple of 4."""
+    Raises UserError if the levels cannot halve the size, or a width is no multiple of 4."""
     size: int = 32                  # side of the square image, in pixels
     channels: int = 32              # width of the first level
     mults: tuple = (1, 2, 4)        # width of each level, as a multiple; each level halves the side
@@ -45,19 +45,19 @@ class Config:
     def __post_init__(self):
         self.mults = tuple(self.mults)
         unit = self.patch * 2 ** (len(self.mults) - 1)
-        if self.size % unit:
-            raise UserError(f"--size {self.size}: must be a multiple of {unit} for this network")
         if self.channels < 4 or self.channels % 4 or min(self.mults) < 1:
             raise UserError("--channels must be a multiple of 4 and each of --mults 1 or more, not "
                             f"{self.channels} and {self.mults}")
+        if self.size % unit:
+            raise UserError(f"--size {self.size}: must be a multiple of {unit} for this network")
 
 
 # ---------------------------------------------------------------------------------------------
 # The network
 
 def norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation; each group has four channels or more (ours)."""
-    return nn.GroupNorm(min(8, channels // 4), channels)
+    """Group normalisation with at most 8 groups of at least 4 channels (ours)."""
+    return nn.GroupNorm(math.gcd(8, channels // 4), channels)
 
 
 def zero(layer: nn.Module):
@@ -139,7 +139,7 @@ class UNet(nn.Module):
                 skips.append(c)
         self.middle = nn.ModuleList([ResBlock(c, c, cemb), Attention(c), ResBlock(c, c, cemb)])
         for level, width in reversed(list(enumerate(widths))):
-            for _ in range(config.blocks + 1):      # one skip a block, one for its input
+            for _ in range(config.blocks + 1):      # a skip of each block, one of the level's input
                 self.up.append(nn.ModuleList([ResBlock(c + skips.pop(), width, cemb),
                                               attend(level, width)]))
                 c = width
@@ -187,8 +187,8 @@ class Diffusion:
         self.T, self.prior = config.timesteps, config.prior
 
     def abar_at(self, t: Tensor, like: Tensor) -> Tensor:
-        """abar_t as (B, 1, 1, 1) in the dtype of `like`; 1 where t = -1, the clean image."""
-        return torch.where(t < 0, 1.0, self.abar[t.clamp(min=0)]).to(like.dtype).view(-1, 1, 1, 1)
+        """abar_t for t (B,), as (B, 1, 1, 1) in the dtype of `like`."""
+        return self.abar[t].to(like.dtype).view(-1, 1, 1, 1)
 
     def q_sample(self, x0: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0), with z the standard normal noise (DDPM eq. 4)."""
@@ -224,8 +224,8 @@ class Diffusion:
         return (out - v).square().mean(dim=(1, 2, 3))
 
     def schedule(self, K: int) -> list[tuple[int, int]]:
-        """K sampling steps (t, s), noisiest first, evenly spaced, the last with s = -1. UserError
-        unless 1 <= K <= T."""
+        """K sampling steps (t, s), noisiest first, evenly spaced, the last with s = -1. Raises
+        UserError unless 1 <= K <= T."""
         if not 1 <= K <= self.T:
             raise UserError(f"--ddim_steps: the number of sampling steps is 1 to {self.T}, not {K}")
         tau = [round(self.T * (K - k) / K) - 1 for k in range(K)] + [-1]
@@ -287,8 +287,8 @@ def restore(net, lq: Tensor, K: int, eta: float, seed: int) -> Tensor:
 
 
 def load_restorer(path, device="cpu", flag: str = "--ckpt") -> tuple[UNet, dict]:
-    """The network with its averaged weights, ready to restore, and the whole checkpoint. UserError
-    naming `flag` if the file is not a restorer's checkpoint."""
+    """The network with its averaged weights, ready to restore, and the whole checkpoint. Raises
+    UserError naming `flag` if the file is not a restorer's checkpoint."""
     state = load_tensors(path, flag)
     if not isinstance(state, dict) or not state.get("config"):
         raise UserError(f"{flag} {path}: not a restorer's checkpoint of train.py")

@@ -15,14 +15,15 @@ Steps    of the algorithm, in the order of `ReFL.step`:
 Departs  - Published weights: reward .005, LPIPS .01, struct .01, reg 1e-4. Ours (tiny): face .1 and
            SSIM .4, struct 15, reg .01, denoise 20, which keep PSNR while `face` rises. Nearest to
            the published ones: --rewards face=1 --struct_weight 8 --reg_weight .02
-           --denoise_weight 0 (struct counts four times: our low-pass has gain 1, the band 4).
+           --denoise_weight 0 (struct: .01 / .005, times 4, because our low-pass has gain 1 and the
+           published band gain 4).
          - L_denoise is in ImageReward's paper, but not in its code.
          - Published code compares features of a ControlNet; here the output of each residual block.
          - Published code clamps x0_hat in L_struct, does not clip the policy's gradient, and gives
            the reward model weight decay .35, a gradient clip of 1, lr 2e-6, loss weight .1 and its
-           first update at step 0. Here nothing is clamped, the policy's gradient is clipped at 1,
-           and the reward model has AdamW's defaults, lr 1e-4 (it is small; for CLIP --frm_lr 2e-6)
-           and its first update after --frm_update_every steps.
+           first update at step 0. Here L_struct does not clamp (the reward's terms do), the
+           policy's gradient is clipped at 1, and the reward model has AdamW's defaults, lr 1e-4 (it
+           is small; for CLIP use --frm_lr 2e-6), and its first update after 10 steps.
          - At an update the photo is also preferred to its degraded self, or the model forgets that.
            It is not calibrated again: compare runs by `heldout_r_face`, of the model at the start.
 """
@@ -42,7 +43,7 @@ from support.cli import UserError, setting, whole
 
 @dataclass
 class ReFLSettings:
-    """Default, published value and meaning; a preset may replace the default. UserError for
+    """Default, published value and meaning; a preset may replace the default. Raises UserError for
     refl_last > ddim_steps."""
     lr: float = setting(1e-4, 5e-5, "learning rate of AdamW")
     ddim_steps: int = setting(5, 50, "K, sampling steps")
@@ -77,8 +78,8 @@ def block_outputs(net):
 
 
 def feature_distance(features: list[Tensor], frozen: list[Tensor]) -> Tensor:
-    """Mean squared difference of each block's output, summed over the blocks: a scalar. At least in
-    float32."""
+    """Mean squared difference of each block's output, summed over the blocks: a scalar, computed in
+    float32 or finer."""
     fine = torch.promote_types(features[0].dtype, torch.float32)
     return sum(F.mse_loss(a.to(fine), b.to(fine)) for a, b in zip(features, frozen))
 
@@ -94,26 +95,14 @@ def structure_loss(x: Tensor, gt: Tensor) -> Tensor:
     return (low_pass(x) - low_pass(gt)).abs().mean() / 2
 
 
-def check_gradients(reward, size: int, device):
-    """UserError with the name of the first reward term that has no finite gradient."""
-    x, y = torch.rand(2, 1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    for name, term in reward.terms.items():
-        score = term(x.requires_grad_(), y)
-        gradient = torch.autograd.grad(score.sum(), x)[0] if score.requires_grad else 0 * x
-        if not (gradient.isfinite().all() and gradient.any()):
-            raise UserError(f"--rewards {name}: has no gradient to the image, which refl needs; "
-                            "leave it out, or use --mode lrpo")
-
-
 class ReFL:
     """DiffusionReward's method. One `step` is one sampling run and one optimiser step.
 
-    The reward that is given is not changed: it is the metric. A copy of its `face` is kept up to
-    date. UserError for a reward without gradient.
+    The given reward is not changed, because it is the metric. A copy of its `face` is kept up to
+    date. Every term of the reward must pass a gradient to the image.
     """
 
     def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, settings):
-        check_gradients(reward, net.config.size, next(net.parameters()).device)
         self.net, self.diffusion, self.generator = net, diffusion, generator
         self.settings, self.taken = settings, 0
         self.schedule = diffusion.schedule(settings.ddim_steps)

@@ -1,4 +1,4 @@
-"""The rewards: what reinforcement learning optimises is what it gets.
+"""The terms of the reward and their weighted sum, which reinforcement learning maximises.
 
 Papers   SSIM (Wang et al. 2004). LRPO's composite reward, strategy 1 (Wu et al. 2025, arXiv
          2509.23339). LPIPS and CLIP-IQA are in support/, the Face Reward Model is in frm.py.
@@ -26,8 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.cli import UserError
-from support.clipiqa import CLIPIQA, load_clipiqa
-from support.lpips_reward import LPIPS
 
 # ---------------------------------------------------------------------------------------------
 # Terms that need the ground truth
@@ -89,15 +87,15 @@ SETS = {
     "paper": "face=.3,lpips=.3,clipiqa=.1,dwt=.3",      # LRPO's code, "recommended"
     "paper-alt": "face=.4,lpips=.2,clipiqa=.2,dwt=.2",  # LRPO's code, the alternative
     "default": "lpips=.7,face=.1,dwt=.1,ssim=.1",   # ours, by measurement: docs/results.md
-    "card": "lpips=.4,clipiqa=.2,ssim=.4",  # ours: no face model; least weight without ground truth
+    "no-face": "lpips=.4,clipiqa=.2,ssim=.4",   # ours: without a face reward model
     "offline": "ssim=.2,dwt=.5,face=.3"}    # ours, by measurement: nothing has to be downloaded
 TERMS = ("ssim", "dwt", "lpips", "clipiqa", "face")
 MIN_SIDE = 16       # the Face Reward Model halves the side four times; SSIM needs 11, dwt 8
 
 
 def parse_rewards(text: str) -> dict[str, float]:
-    """'ssim=.4,face=.6' or a name in SETS -> {'ssim': .4, 'face': .6}. UserError for anything
-    else."""
+    """'ssim=.4,face=.6' or a name in SETS -> {'ssim': .4, 'face': .6}. Raises UserError for
+    anything else."""
     weights = {}
     for item in SETS.get(text, text).split(","):
         name, _, weight = item.strip().partition("=")
@@ -119,11 +117,11 @@ def parse_rewards(text: str) -> dict[str, float]:
 class CompositeReward:
     """R = sum of weight * term (LRPO, strategy 1). `weights` = {name: weight}.
 
-    The models of the terms face, lpips and clipiqa are given. ValueError if one is missing.
+    The models of the terms face, lpips and clipiqa are given. Raises ValueError if one is missing.
     """
 
     def __init__(self, weights: dict[str, float], face: nn.Module = None,
-                 lpips: LPIPS = None, clipiqa: CLIPIQA = None):
+                 lpips: nn.Module = None, clipiqa: nn.Module = None):
         terms = {"ssim": ssim, "dwt": dwt, "lpips": lpips, "clipiqa": clipiqa, "face": face}
         self.weights, self.terms = weights, {name: terms[name] for name in weights}
         missing = [name for name, term in self.terms.items() if term is None]
@@ -132,19 +130,9 @@ class CompositeReward:
 
     def __call__(self, x: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, H, W), H and W at least 16 -> R (B,) and each term (B,), not weighted,
-        float32. x is clamped to [-1, 1] here. UserError if the images are smaller."""
+        float32. x is clamped to [-1, 1] here. Raises UserError if the images are smaller."""
         if min(x.shape[-2:]) < MIN_SIDE:
             raise UserError(f"--size: the rewards need images of {MIN_SIDE} px or more")
         x = x.float().clamp(-1, 1)
         terms = {name: term(x, gt) for name, term in self.terms.items()}
         return sum(w * terms[name] for name, w in self.weights.items()), terms
-
-
-def build_reward(weights: dict[str, float], device, face: nn.Module = None, lpips_net="squeeze",
-                 lpips_weights=None, clip_weights=None) -> CompositeReward:
-    """The composite with LPIPS and CLIP-IQA loaded where `weights` names them. UserError if one of
-    them cannot be had. `face` is the loaded Face Reward Model (`frm.load_face_reward`)."""
-    lpips = LPIPS(lpips_net, lpips_weights).to(device) if "lpips" in weights else None
-    clipiqa = load_clipiqa(clip_weights).to(device) if "clipiqa" in weights else None
-    face = face and face.to(device).eval().requires_grad_(False)
-    return CompositeReward(weights, face, lpips, clipiqa)

@@ -16,15 +16,16 @@ from tqdm import tqdm
 
 from model import EVAL_ETA, load_restorer, restore
 from support.checkpoint import pick_device
-from support.cli import UserError, is_blocked, positive, run_main, seed, share
+from support.cli import UserError, is_blocked, positive, run_main, seed_number, share
 from support.data import find_photos, read_photo, sheet, to_float
 
 SHEET_SIDE = 128        # ours: the least side of each picture in the sheet, in pixels
 
 
 def outputs(source: Path, output: Path, overwrite: bool = False) -> dict[Path, Path]:
-    """Each input photo and the path of its restoration. UserError where a file would be lost: two
-    inputs with one output, an output that is an input, or one that exists without `overwrite`."""
+    """Each input photo and the path of its restoration. Raises UserError where a file would be
+    lost: two inputs with one output, an output that is an input, or one that exists without
+    `overwrite`."""
     source, output = source.resolve(), output.resolve()
     if is_blocked(output):
         raise UserError(f"--output {output}: is a file, or below one; name a folder")
@@ -44,7 +45,7 @@ def outputs(source: Path, output: Path, overwrite: bool = False) -> dict[Path, P
 
 
 def check_sheet(path: Path, overwrite: bool):
-    """UserError if the sheet cannot be written to `path`."""
+    """Raises UserError if the sheet cannot be written to `path`."""
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise UserError(f"--sheet {path}: name a .png file in a folder that exists")
     if path.exists() and not overwrite:
@@ -90,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ddim_steps", type=positive, help="K, sampling steps (default: as trained)")
     p.add_argument("--eta", type=share, default=EVAL_ETA,
                    help=f"0: no noise along the way, 1: as in training (default {EVAL_ETA})")
-    p.add_argument("--seed", type=seed, default=0, help="of the noise (0)")
+    p.add_argument("--seed", type=seed_number, default=0, help="of the noise (0)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return p
 

@@ -1,9 +1,9 @@
 """The flags of train.py, and the presets that fill in what the command line leaves open.
 
-A flag stands in one place, as a field of a settings dataclass with default, published value and
-meaning: `RunSettings` here for every mode, and the method's own in sft.py, frm.py, lrpo.py,
-steered.py, refl.py or darl.py. So a mode has no flag of another mode. A value comes from, in this
-order: the command line, `--recipe paper`, the preset, the default.
+A flag is a field of a settings dataclass, with default, published value and meaning: `RunSettings`
+here for every mode, and the method's own in sft.py, frm.py, lrpo.py, steered.py, refl.py or
+darl.py. So a mode has no flag of another mode. A value comes from, in this order: the command line,
+`--recipe paper`, the preset, the default.
 """
 import argparse
 from dataclasses import dataclass
@@ -12,11 +12,13 @@ from darl import DARLSettings
 from frm import FRMSettings, load_face_reward
 from lrpo import LRPOSettings
 from refl import ReFLSettings
-from rewards import SETS, build_reward
+from rewards import SETS, CompositeReward
 from sft import SFTSettings
 from steered import SteeredSettings
-from support.cli import (ModelSettings, UserError, add_flags, amount, positive, seed, setting,
+from support.cli import (ModelSettings, UserError, add_flags, multiples, seed_number, setting,
                          settings_fields)
+from support.clipiqa import load_clipiqa
+from support.lpips_reward import LPIPS
 
 METHODS = ["lrpo", "refl", "darl"]      # they start from the restorer of mode sft
 MODES = ["sft", "frm", *METHODS, "demo"]
@@ -58,7 +60,7 @@ PAPER_RECIPE = dict(rewards="paper", lpips_net="vgg", bf16="off")   # beside LRP
 
 @dataclass
 class RunSettings(ModelSettings):
-    """What every mode reads. The preset, or train.py, fills in a None."""
+    """The flags of every mode. A preset, or train.py, replaces None."""
     preset: str = setting("tiny", None, "a set of defaults", choices=list(PRESETS))
     data: str = setting(None, None, "folder of face photos; left out: drawn faces")
     faces: int = setting(None, None, "how many drawn faces to train on")
@@ -70,15 +72,14 @@ class RunSettings(ModelSettings):
     minutes: float = setting(None, None, "stop after so much training time (demo: in each stage)")
     every: int = setting(None, None, "steps between measurements, with checkpoints")
     batch_size: int = setting(None, None, "images in a step; for lrpo and darl, groups")
-    lr: float = setting(None, None, "learning rate of AdamW")
-    seed: int = setting(0, None, "of everything that is random", type=seed)
+    seed: int = setting(0, None, "of everything that is random", type=seed_number)
     ddim_steps: int = setting(None, None, "K, sampling steps")
     rewards: str = setting(None, None, f"name=weight,..., or a set: {', '.join(SETS)}")
     bf16: str = setting(None, None, "network in bfloat16; likelihoods stay in float32",
                         choices=["on", "off"])
     size: int = setting(None, None, "side of the images in pixels")
     channels: int = setting(None, None, "width of the first level of the network")
-    mults: str = setting(None, None, "width of each level, as multiples: 1,2,4")
+    mults: str = setting(None, None, "width of each level, as multiples: 1,2,4", type=multiples)
     patch: int = setting(None, None, "pixel-unshuffle before the network: 1 is none")
 
 
@@ -112,8 +113,8 @@ def parser(mode: str, recipe: str = "steered") -> argparse.ArgumentParser:
 
 
 def parse(argv=None) -> dict:
-    """What the command line says, {flag: value}. UserError for a flag that the mode does not have
-    or that would have no effect."""
+    """What the command line says, {flag: value}. Raises UserError for a flag that the mode does not
+    have, and for flags that contradict each other."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--mode")
     first.add_argument("--recipe", default="steered")
@@ -122,16 +123,18 @@ def parse(argv=None) -> dict:
     given, unknown = p.parse_known_args(argv)
     given = vars(given)
     if unknown:
-        recipe = " --recipe paper" * (choice.recipe == "paper")
-        raise UserError(f"{unknown[0]}: --mode {choice.mode}{recipe} has no such flag; train.py "
-                        f"--mode {choice.mode} --help lists those that it has")
-    for useless, why in (
-            (choice.mode == "demo" and "init" in given, "--init: demo trains its own sft; leave it "
-             "out"),
-            ("data" in given and "faces" in given, "--faces: --data has the photos; leave one out"),
-            ("resume" in given and "overwrite" in given, "--resume, --overwrite: give only one")):
-        if useless:
-            raise UserError(why)
+        mode = choice.mode + (" --recipe paper" if choice.recipe == "paper" else "")
+        raise UserError(f"{unknown[0]}: --mode {mode} has no such flag; train.py --mode {mode} "
+                        "--help lists those that it has")
+    if choice.mode == "demo" and "init" in given:
+        raise UserError("--init: demo trains its own sft; leave it out")
+    if "data" in given and "faces" in given:
+        raise UserError("--faces: --data has the photos; leave one of them out")
+    if "resume" in given and "overwrite" in given:
+        raise UserError("--resume, --overwrite: give only one of them")
+    if "fidelity_margin" in given and given.get("gt_weight", "auto") != "auto":
+        raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one of them "
+                        "out")
     return given
 
 
@@ -157,9 +160,14 @@ def method_values(run):
     return own(**{name: getattr(run, name) for name in settings_fields(own)})
 
 
-def load_reward(weights: dict[str, float], models, frm, device, size: int):
-    """The composite reward with all its models loaded: `models` has the flags of ModelSettings,
-    `frm` is the path of the Face Reward Model. UserError if a model cannot be had."""
-    face = load_face_reward(frm, size=size) if "face" in weights else None
-    return build_reward(weights, device, face, models.lpips_net, models.lpips_weights,
-                        models.clip_weights)
+def load_reward(weights: dict[str, float], args, frm_path, device, size: int) -> CompositeReward:
+    """The composite reward with the models that `weights` names, from the files in `args` (flags of
+    ModelSettings) and `frm_path`. Raises UserError if one of them cannot be had."""
+    models = {}
+    if "face" in weights:
+        models["face"] = load_face_reward(frm_path, size=size).eval().requires_grad_(False)
+    if "lpips" in weights:
+        models["lpips"] = LPIPS(args.lpips_net, args.lpips_weights)
+    if "clipiqa" in weights:
+        models["clipiqa"] = load_clipiqa(args.clip_weights)
+    return CompositeReward(weights, **{name: model.to(device) for name, model in models.items()})

@@ -4,7 +4,8 @@ Paper    DDPM (Ho et al. 2020), algorithm 1, with v instead of eps (Salimans & H
 Steps    of the algorithm:
          1. Noise the ground truth to a random level t, and predict v.    `Diffusion.loss`
          2. Take an optimiser step on the mean squared error.             `SFT.step`
-         3. Average the weights over the last steps.                      `EMA`
+         3. Average the weights; train.py does it after each step, in every mode.   `EMA`
+AdamW has its default weight decay of .01 in every method.
 """
 import copy
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ class EMA:
         """Move the average towards the weights of `net`, by 1 - decay."""
         self.updates += 1
         decay = self.decay
-        if self.from_scratch:   # a short average at first, or the random start would stay in it
+        if self.from_scratch:   # TensorFlow's rule: a short average forgets the random start
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - decay)
         for mine, theirs in zip(self.net.buffers(), net.buffers()):
-            mine.copy_(theirs)
+            mine.copy_(theirs)          # the reward model's mean and std; the UNet has none

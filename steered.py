@@ -1,15 +1,15 @@
 """The default recipe of `--mode lrpo`: LRPO with three ideas and other settings of ours.
 
-lrpo.py does not know of them.
+lrpo.py contains none of them.
 1. Branch     The members of a group share all noise but that of the last step with sigma above 0,
               and only that step is trained. The rewards of a group then differ because of that step
               alone, and one network call serves the G states that are equal. Flow-GRPO-Fast and
               MixGRPO branch too.                              `BranchedLRPO.rollout`, `policy`
-2. Posterior  The paper noises x_gt with fresh noise, which puts it on another trajectory than x_t.
-              Here its place is taken by DDIM's posterior q(x_{t-1} | x_t, x_gt) (DDPM's for
-              eta = 1), the step of a policy that knows x_gt, and the likelihood is the expectation
-              over it. In closed form it is a weighted |x0_hat - x_gt|^2 at the policy's own states.
-                                                               `SteeredLRPO.gt_log_prob`
+2. Posterior  The paper adds fresh noise to x_gt. The noised x_gt is then not on the trajectory of
+              x_t. Here it is replaced by DDIM's posterior q(x_{t-1} | x_t, x_gt) (DDPM's for
+              eta = 1), the step of a policy that knows x_gt. The log-likelihood becomes
+              -KL(q || pi), which is E_q[log pi] plus a constant. It is a weighted
+              |x0_hat - x_gt|^2 at the policy's own states.    `SteeredLRPO.gt_log_prob`
 3. Steering   The weight of that likelihood is a Lagrange multiplier. It rises while the policy's
               PSNR is more than `fidelity_margin` below that of the frozen policy from which the run
               started, and falls otherwise. A proportional and an integral term damp its
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrpo import LRPO, LRPOSettings, Step, gaussian_log_prob
+from lrpo import LRPO, LRPOSettings, Transition, gaussian_log_prob
 from model import EVAL_ETA, gaussian
 from rewards import psnr
-from support.cli import UserError, amount, setting, whole
+from support.cli import UserError, amount, setting
 
 FIRST_WEIGHT = 5.0          # ours: near the value at which steering ends at 32 px and eta = 1
 PROPORTIONAL = 8.0          # ours: per dB; .1 dB below the target multiplies the weight by 2.2
@@ -43,11 +43,8 @@ def auto_or_amount(text: str):
 
 @dataclass
 class BranchedSettings(LRPOSettings):
-    """LRPO's settings, two of them with other defaults, and whether a group branches. UserError for
-    a setting that has no effect with a branch."""
-    updates: int = setting(2, 1, "passes over a rollout")
-    steps_per_update: int = setting(0, 1, "DDIM steps whose mean loss makes one optimiser step "
-                                    "(0: all)", type=whole)
+    """LRPO's settings, and whether a group branches. Raises UserError if a setting has no effect
+    because of the branch."""
     branch: str = setting("on", None, "a group shares all noise but that of the last noisy step; "
                           "off: full trajectories", choices=["on", "off"])
 
@@ -60,17 +57,11 @@ class BranchedSettings(LRPOSettings):
 
 @dataclass
 class SteeredSettings(BranchedSettings):
-    """The settings of the default recipe. UserError for a margin with a fixed weight."""
-    gt_weight: str = setting("auto", 0.001, "weight of the ground-truth likelihood: a number, or "
-                             "auto, which steers it by the PSNR lost against the starting policy",
-                             type=auto_or_amount)
+    """The settings of the default recipe."""
+    gt_weight: str | float = setting(
+        "auto", 0.001, "weight of the ground-truth likelihood: a number, or auto: steered by the "
+        "PSNR lost against the starting policy", type=auto_or_amount)
     fidelity_margin: float = setting(0.2, None, "PSNR in dB that auto may give up")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.gt_weight != "auto" and self.fidelity_margin != SteeredSettings.fidelity_margin:
-            raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one of "
-                            "them out")
 
 
 class BranchedLRPO(LRPO):
@@ -81,7 +72,8 @@ class BranchedLRPO(LRPO):
         self.branch = self.schedule[-2] if settings.branch == "on" else None
 
     def policy(self, x: Tensor, lq: Tensor, t: int, s: int):
-        """As LRPO's. At the branch the states of a group are equal: one network call serves all."""
+        """As LRPO.policy. At the branch the states of a group are equal, so that the network is
+        called on one member of each group."""
         if (t, s) != self.branch:
             return super().policy(x, lq, t, s)
         G = self.settings.group
@@ -89,8 +81,8 @@ class BranchedLRPO(LRPO):
         return mu.repeat_interleave(G, dim=0), sigma, x0_hat.repeat_interleave(G, dim=0)
 
     @torch.no_grad()
-    def rollout(self, lq: Tensor) -> tuple[Tensor, list[Step]]:
-        """As LRPO's. With the branch it is one trajectory for each group, then G members."""
+    def rollout(self, lq: Tensor) -> tuple[Tensor, list[Transition]]:
+        """As LRPO.rollout. With the branch it is one trajectory for each group, then G members."""
         if not self.branch:
             return super().rollout(lq)
         G = self.settings.group
@@ -103,7 +95,7 @@ class BranchedLRPO(LRPO):
         action = mu + sigma * gaussian(mu, self.generator)
         restored, _, _ = self.policy(action, lq, *self.schedule[-1])
         log_prob = gaussian_log_prob(action, mu, sigma)
-        return restored, [Step(*self.branch, x, action, log_prob, x0_hat)]
+        return restored, [Transition(*self.branch, x, action, log_prob, x0_hat)]
 
 
 def gaussian_kl(mu: Tensor, ref: Tensor, sigma: Tensor) -> Tensor:
@@ -125,7 +117,7 @@ class Multiplier:
         return FIRST_WEIGHT * math.exp(max(-LOG_RANGE, min(LOG_RANGE, log)))
 
     def update(self, gap: float):
-        """gap: PSNR of the policy minus PSNR of the reference policy, in dB."""
+        """Move the weight. gap: PSNR of the policy minus that of the reference policy, in dB."""
         error = max(-GAP_LIMIT, min(GAP_LIMIT, -gap - self.margin))
         self.error = SMOOTHING * self.error + (1 - SMOOTHING) * error
         self.integral = max(-LOG_RANGE, min(LOG_RANGE, self.integral + INTEGRAL * error))
@@ -139,7 +131,7 @@ class SteeredLRPO(BranchedLRPO):
         self.reference = copy.deepcopy(net).requires_grad_(False)
         self.multiplier = Multiplier(settings.fidelity_margin)
 
-    def gt_log_prob(self, step: Step, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+    def gt_log_prob(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
         """-KL(q || pi) with q = q(x_s | x_t, x_gt), that is E_q log pi plus the entropy of q, which
         does not depend on the policy: (B,), at most 0."""
         mu_gt = self.diffusion.posterior_mean(step.x, gt, step.t, step.s, self.settings.eta)

@@ -5,8 +5,10 @@
     python train.py --mode lrpo                         starts from runs/sft/last.pt
 
 A run's folder is --out (default runs/MODE). What it starts from is looked for beside that folder:
-with --out X/lrpo, X/sft/last.pt and X/frm/last.pt. A method is a class with step(batch) -> floats,
-which owns its optimiser steps. This file owns data, device, checkpoints, log and stopping.
+with --out X/lrpo, X/sft/last.pt and X/frm/last.pt. A method is a class with `net`, `optimizer` and
+step(batch) -> metrics, and with state_dict() where it has a state of its own. It owns its optimiser
+steps; this file owns data, device, checkpoints, log and stopping. best.pt is chosen by the reward,
+which can be hacked, so last.pt is what the demo compares.
 """
 import argparse
 import json
@@ -25,7 +27,7 @@ from frm import (FaceRewardModel, FaceRewardTraining, load_face_reward, metric_v
 from lrpo import LRPO
 from model import EVAL_ETA, Config, Diffusion, UNet, load_restorer, restore
 from refl import ReFL
-from rewards import LPIPS, build_reward, parse_rewards
+from rewards import parse_rewards
 from settings import (EMA_DECAY, METHODS, PRESETS, WARMUP, load_reward, method_values, parse,
                       resolve)
 from sft import EMA, SFT
@@ -36,6 +38,7 @@ from support.cli import UserError, run_main
 from support.data import Photos, sheet, train_batch
 from support.labels import label_pairs, read_labels
 from support.log import Log
+from support.lpips_reward import LPIPS
 
 VALIDATION = 64         # ours: held-out images measured during training
 RESTORED_PAIRS = 512    # ours: restorations that the face reward model learns from
@@ -46,8 +49,8 @@ REWARDED_WITHOUT_FRM = "ssim=.5,dwt=.5"     # chooses best.pt in sft, when no fr
 # What a run is made of
 
 def network(run, device) -> UNet:
-    """A new network for sft, otherwise the restorer that the run starts from. UserError if there is
-    none, or if it contradicts the flags."""
+    """A new network for sft, otherwise the restorer that the run starts from. Raises UserError if
+    there is none, or if it contradicts the flags."""
     init = run.init or (None if run.mode == "sft" else Path(run.out).parent / "sft" / "last.pt")
     if init is None:
         mults = tuple(int(m) for m in run.mults.split(","))
@@ -73,12 +76,13 @@ def network(run, device) -> UNet:
 
 
 def frm_path(run):
-    """The face reward model of a run, which may not exist yet."""
+    """The path of a run's face reward model, which may not exist yet."""
     return run.frm_weights or Path(run.out).parent / "frm" / "last.pt"
 
 
-def restoration(run, net, device, generator):
-    """Modes sft, lrpo, refl, darl: the method, and validate(averaged net) -> metrics, picture."""
+def build_method(run, net, device, generator):
+    """The method of mode sft, lrpo, refl or darl, and a function validate(averaged net) ->
+    (metrics, picture)."""
     rewards = REWARDED_WITHOUT_FRM if run.mode == "sft" else run.rewards
     reward = load_reward(parse_rewards(rewards), run, frm_path(run), device, run.size)
     lq, gt = evaluate.held_out(run.data, run.size, VALIDATION, device)
@@ -106,8 +110,8 @@ def restoration(run, net, device, generator):
     return method, validate
 
 
-def face_reward(run, net, device, generator, photos):
-    """Mode frm: the same for the Face Reward Model, with pairs restored by `net`."""
+def build_frm(run, net, device, generator, photos):
+    """The same for mode frm, with pairs restored by `net`."""
     settings = method_values(run)
     face = (load_face_reward(run.frm_weights, size=run.size) if run.frm_weights
             else FaceRewardModel())
@@ -121,7 +125,7 @@ def face_reward(run, net, device, generator, photos):
     if settings.labels != "known":
         unknown = unknown_pairs(net, photos, n, run.ddim_steps, settings.eta, run.seed + 2)
         labelled = label_pairs(settings.labels, gt, unknown, metric_vector, run.seed)
-    method = FaceRewardTraining(face.to(device), generator, restored, gt, settings.lr, labelled)
+    method = FaceRewardTraining(face.to(device), generator, settings, restored, gt, labelled)
 
     def validate(averaged):
         photo, degraded, worse = (averaged.score(u) for u in (held_gt, held_lq, held))
@@ -135,7 +139,6 @@ def face_reward(run, net, device, generator, photos):
 
 def train(run):
     """Run one mode to its end: the loop that every method shares."""
-    check_folder(run)
     out, device = Path(run.out), pick_device(run.device)
     saved = load_tensors(out / "last.pt", "--resume") if run.resume else None
     if saved:
@@ -144,8 +147,8 @@ def train(run):
     generator = torch.Generator().manual_seed(run.seed)
     net = network(run, device)
     photos = Photos.load(run.data, run.size, "train", run.faces, run.seed)
-    build = face_reward if run.mode == "frm" else restoration
-    method, validate = build(run, net, device, generator, *[photos] * (run.mode == "frm"))
+    given = run, net, device, generator
+    method, validate = build_frm(*given, photos) if run.mode == "frm" else build_method(*given)
     ema = EMA(method.net, EMA_DECAY[run.mode], from_scratch=run.mode not in METHODS)
     start, best = restore_run(saved, method, ema, generator) if saved else (0, -math.inf)
     metrics, _ = validate(ema.net)          # before the first step, and before anything is written
@@ -157,7 +160,8 @@ def train(run):
     log = Log(out / "metrics.csv", start)
     log.rows = log.rows or [{"step": start, "seconds": 0.0, **metrics}]
     print(plan(run, method.net, len(photos), start))
-    before = spent = float(log.rows[-1]["seconds"])
+    earlier = spent = float(log.rows[-1]["seconds"])        # of training, before this call
+    limit = math.inf if run.minutes is None else earlier + 60 * run.minutes
     clock = time.perf_counter()
     for step in tqdm(range(start, run.steps), run.mode, run.steps, initial=start, disable=None):
         for group in method.optimizer.param_groups:
@@ -170,7 +174,6 @@ def train(run):
         if not all(math.isfinite(value) for value in stats.values()):
             raise UserError(f"--lr {run.lr}: step {done} gave a number that is not finite; try a "
                             f"lower --lr (the checkpoints in {out} are from before)")
-        limit = math.inf if run.minutes is None else before + 60 * run.minutes
         stop, metrics = done == run.steps or spent > limit, {}
         if done % run.every == 0 or stop:
             metrics, picture = validate(ema.net)
@@ -186,7 +189,7 @@ def train(run):
         if metrics:
             log.write()
             log.curves(out / "curves.png")
-            left = min((run.steps - done) * (spent - before) / (done - start), limit - spent)
+            left = min((run.steps - done) * (spent - earlier) / (done - start), limit - spent)
             tqdm.write(f"{run.mode}: step {done} of {run.steps}, {max(left, 0):.0f} s left; "
                        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         clock = time.perf_counter()         # measuring and saving are not training time
@@ -212,8 +215,8 @@ def plan(run, net, photos: int, start: int) -> str:
 # The programs
 
 def check(run):
-    """UserError now, not after minutes of other training, for a mistake in the settings or a
-    reward's model that cannot be had."""
+    """Raises UserError now, not after minutes of other training, for a mistake in the settings or
+    a reward's model that cannot be had."""
     check_folder(run)
     method_values(run)
     weights = parse_rewards(run.rewards)
@@ -244,16 +247,15 @@ def demo(given: dict):
         raise UserError(f"--out {root}: holds {longer} already, which demo writes anew; "
                         "--overwrite it, or name another --out")
     for mode, run in runs.items():
-        if not run.resume or len(Log(root / mode / "metrics.csv").rows) <= run.steps:
+        if not run.resume or int(Log(root / mode / "metrics.csv").rows[-1]["step"]) < run.steps:
             train(run)      # otherwise it was finished before
     # The baseline that any method must beat: supervised training for the same extra time.
     seconds = {mode: float(Log(root / mode / "metrics.csv").rows[-1]["seconds"]) for mode in modes}
     shutil.rmtree(longer, ignore_errors=True)
     shutil.copytree(root / "sft", longer)
     extra = seconds.get("frm", 0) + max(seconds[mode] for mode in methods)
-    train(argparse.Namespace(**vars(runs["sft"]) | dict(
-        out=str(longer), resume=True, overwrite=False, minutes=extra / 60,
-        steps=100 * runs["sft"].steps)))
+    go_on = dict(out=str(longer), resume=True, overwrite=False, minutes=extra / 60, steps=10 ** 6)
+    train(argparse.Namespace(**vars(runs["sft"]) | go_on))
     ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *methods]]
     flags = ["--out", str(root / "evaluation"), "--frontier", "--ckpt", *ckpts]
     for name in ("rewards", "device", "lpips_net", "lpips_weights", "clip_weights", "frm_weights",
@@ -266,9 +268,10 @@ def demo(given: dict):
 def lpips_is_missing(runs: dict) -> bool:
     """Whether LPIPS, which a preset asks for, cannot be had. Demo alone goes on without it, and
     says so in one line."""
+    if not any("lpips" in parse_rewards(run.rewards) for run in runs.values()):
+        return False
     try:
-        wanted = [run for run in runs.values() if "lpips" in parse_rewards(run.rewards)]
-        build_reward({"lpips": 1.0} if wanted else {}, "cpu", lpips_net=runs["sft"].lpips_net)
+        LPIPS(runs["sft"].lpips_net)
     except UserError as error:
         print(f"demo goes on with --rewards offline instead of a reward with LPIPS. {error}")
         return True
@@ -287,7 +290,7 @@ def main(argv=None):
     if mode in METHODS and "face" in parse_rewards(run.rewards) and not (run.frm_weights
                                                                          or frm.exists()):
         print(f"no face reward model at {frm}: training one first")
-        own = {"steps", "minutes", "every", "batch_size", "lr", "resume"}
+        own = {"steps", "minutes", "every", "batch_size", "lr", "eta", "resume"}
         train(resolve("frm", {name: given[name] for name in given.keys() - own},
                       out=str(frm.parent)))
     train(run)

@@ -17,7 +17,8 @@ FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overw
 
 
 def load_tensors(path, flag: str, remedy: str = "") -> dict:
-    """Read a file of plain types. UserError, with flag and remedy, if it is missing or damaged."""
+    """Read a file of plain types. Raises UserError, with flag and remedy, if it is missing or
+    damaged."""
     remedy = remedy and f"; {remedy}"
     if not Path(path).is_file():
         what = "a folder, not the last.pt in it" if Path(path).is_dir() else "no such file"
@@ -59,7 +60,7 @@ def restore_run(saved: dict, method, ema, generator) -> tuple[int, float]:
 
 
 def check_folder(run):
-    """UserError where the run would lose an older one, or has nothing to resume."""
+    """Raises UserError where the run would lose an older one, or has nothing to resume."""
     last = Path(run.out) / "last.pt"
     if is_blocked(run.out):
         raise UserError(f"--out {run.out}: is a file, or below one; name a folder")
@@ -71,7 +72,7 @@ def check_folder(run):
 
 
 def check_resume(saved: dict, run):
-    """UserError where a run that goes on has other settings, or no step left to take."""
+    """Raises UserError where a run that goes on has other settings, or no step left to take."""
     was, now = saved["args"], vars(run)
     for name in sorted({*was, *now} - FREE_ON_RESUME):
         if was.get(name) != now.get(name):
@@ -82,7 +83,8 @@ def check_resume(saved: dict, run):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device; "auto" is a CUDA GPU if there is one. UserError if it does not exist here."""
+    """The device; "auto" is a CUDA GPU if there is one. Raises UserError if it does not exist
+    here."""
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" \
             else torch.device(name)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake of the user (a bad path, file or flag). It is told in one sentence, without a
-    trace. Every other error is a bug and keeps its trace."""
+    """A mistake of the user (a bad path, file or flag). The program prints it as one sentence,
+    without a trace. Every other error is a bug and keeps its trace."""
 
 
 def run_main(main):
@@ -25,7 +25,7 @@ def is_blocked(folder) -> bool:
 
 
 def make_folder(path, flag: str = "--out") -> Path:
-    """The folder `path`, created if needed. UserError if that is not possible."""
+    """The folder `path`, created if needed. Raises UserError if that is not possible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -41,15 +41,21 @@ def number(kind, low, high=math.inf):
         except ValueError:
             value = math.nan
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number "
-                                             f"from {low} to {high}")
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {low} to {high}")
         return value
     return parse
 
 
 positive, at_least_two, whole = number(int, 1), number(int, 2), number(int, 0)
-amount, share, above_zero = number(float, 0), number(float, 0, 1), number(float, 0.001, 1)
-seed = number(int, 0, 2 ** 32 - 2)      # 2^32 - 1 is the seed of the held-out degradations
+amount, share = number(float, 0), number(float, 0, 1)
+policy_eta = number(float, 0.001, 1)            # ours: with eta = 0 a step has no density
+seed_number = number(int, 0, 2 ** 32 - 2)       # 2^32 - 1 is the seed of the held-out degradations
+
+
+def multiples(text: str) -> str:
+    """An argparse type: whole numbers of 1 or more, with commas between them."""
+    return ",".join(str(positive(item)) for item in text.split(","))
 
 
 def setting(default, paper, meaning: str, **more):
@@ -67,20 +73,24 @@ def settings_fields(dataclass) -> dict:
 
 
 def add_flags(p: argparse.ArgumentParser, known: dict, by_preset=frozenset(), only_given=False):
-    """One flag for each field in `known`. --help calls a default in `by_preset` "by preset".
-    `only_given`: a flag that is not on the command line is left out of the parsed result."""
+    """One flag for each field in `known`. A preset may replace the defaults of those in
+    `by_preset`. `only_given`: a flag that is not on the command line is left out of the parsed
+    result."""
     for name, f in known.items():
         default = argparse.SUPPRESS if only_given else f.default
         if f.type is bool:
             p.add_argument(f"--{name}", action="store_true", default=default,
                            help=f.metadata["meaning"])
             continue
-        facts = {"default": "by preset" if name in by_preset else f.default,
-                 "paper": f.metadata["paper"]}
-        p.add_argument(f"--{name}", default=default, type=f.metadata.get("type", TYPES[f.type]),
-                       choices=f.metadata.get("choices"), help="; ".join(
-                           [f.metadata["meaning"],
-                            *(f"{key}: {v}" for key, v in facts.items() if v is not None)]))
+        text = f.metadata["meaning"]
+        if f.default is not None or name in by_preset:
+            preset = ["by preset"] if name in by_preset else []
+            text += "; default: " + " or ".join(
+                preset + ([] if f.default is None else [str(f.default)]))
+        if f.metadata["paper"] is not None:
+            text += f"; paper: {f.metadata['paper']}"
+        p.add_argument(f"--{name}", default=default, choices=f.metadata.get("choices"), help=text,
+                       type=f.metadata.get("type") or TYPES[f.type])
 
 
 @dataclass

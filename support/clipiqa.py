@@ -26,7 +26,7 @@ ARCHITECTURE = "RN50-quickgelu"     # open_clip's "RN50" has another GELU than O
 OPENAI_SHA256 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # CLIP's preprocessing, of images in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MIN_SIDE = 32                       # the trunk halves the side five times
+CLIPIQA_MIN_SIDE = 32                       # the trunk halves the side five times
 PROMPTS = {                         # pairs: good, bad, good, bad, ...
     "paper": ["Good photo.", "Bad photo."],                             # CLIP-IQA, section 3
     "five": ["Good image", "bad image", "Sharp image", "blurry image",  # pyiqa's `clipiqa`
@@ -73,9 +73,10 @@ class CLIPIQA(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> (B,) in (0, 1); y is not used. UserError below 32 px."""
-        if min(x.shape[-2:]) < MIN_SIDE:
-            raise UserError(f"CLIP-IQA needs images of {MIN_SIDE} px or more")
+        """x (B, 3, H, W) in [-1, 1] -> (B,) in (0, 1); y is not used. Raises UserError below 32
+        px."""
+        if min(x.shape[-2:]) < CLIPIQA_MIN_SIDE:
+            raise UserError(f"CLIP-IQA needs images of {CLIPIQA_MIN_SIDE} px or more")
         v = self.visual
         h = v.stem(normalise(x))                                        # (B, 64, H/4, W/4)
         h = v.layer4(v.layer3(v.layer2(v.layer1(h))))                   # (B, 2048, H/32, W/32)
@@ -102,7 +103,7 @@ def build_clip(config: dict, state: dict, source: str) -> nn.Module:
 
 def read_clip(path: Path) -> dict:
     """The tensors of a CLIP file: safetensors, a PyTorch file of tensors, or OpenAI's RN50.pt.
-    UserError for any other file."""
+    Raises UserError for any other file."""
     if path.suffix == ".safetensors" and path.is_file():
         try:
             return load_file(path)
@@ -124,8 +125,8 @@ def read_clip(path: Path) -> dict:
 
 
 def load_clipiqa(path=None, prompts: str = "five") -> CLIPIQA:
-    """CLIP-IQA with the weights of a file; without a file open_clip fetches OpenAI's. UserError if
-    neither works."""
+    """CLIP-IQA with the weights of a file; without a file open_clip fetches OpenAI's. Raises
+    UserError if neither works."""
     import open_clip
     if path is None:
         openai = open_clip.get_pretrained_cfg(ARCHITECTURE, "openai")

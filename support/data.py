@@ -35,7 +35,8 @@ SIZE_POWER = 2 / 3      # ours: see above
 
 def find_photos(folder, flag="--data") -> list[Path]:
     """Photos in and below a folder, sorted by path, which gives the same order on every system.
-    Hidden files (macOS leaves ._x.jpg) are skipped. UserError if there is no folder or no photo."""
+    Hidden files (macOS leaves ._x.jpg) are skipped. Raises UserError if there is no folder or no
+    photo."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
@@ -48,7 +49,7 @@ def find_photos(folder, flag="--data") -> list[Path]:
 
 def read_photo(path, size: int) -> Tensor:
     """Read a photo as uint8 (3, size, size), RGB: upright, transparency on white, cut to the centre
-    square, resized by an antialiased Lanczos filter. UserError if it cannot be read."""
+    square, resized by an antialiased Lanczos filter. Raises UserError if it cannot be read."""
     try:
         with Image.open(path) as im:
             im = ImageOps.exif_transpose(im)        # first: convert() may lose the EXIF tag
@@ -75,8 +76,8 @@ class Photos:
     def from_folder(cls, folder, size: int, split: str, limit: int = None):
         """The split "train" or "heldout" of a folder, or only its first `limit` files. The last
         tenth of the files by name, 1 to 500, is held out (by file, not by person). The split is
-        made before reading, so that an unreadable file moves no other. UserError if no file can be
-        read."""
+        made before reading, so that an unreadable file does not change the split of the others.
+        Raises UserError if no file can be read."""
         files = find_photos(folder)
         if len(files) < 2:
             raise UserError(f"--data {folder}: a single photo cannot be split, 2 is the least")
@@ -103,7 +104,7 @@ class Photos:
     @classmethod
     def drawn(cls, n: int, seed: int, size: int, split: str):
         """n drawn faces: "train" is 0 .. n-1 of `seed`, "heldout" is the same for every seed.
-        UserError for a number above a million, or a size that cannot be drawn."""
+        Raises UserError for a number above a million, or a size that cannot be drawn."""
         if not 1 <= n <= MAX_DRAWN:
             raise UserError(f"--faces: choose 1 to {MAX_DRAWN} drawn faces, not {n}")
         first, seed = {"train": (0, seed), "heldout": (MAX_DRAWN, 0)}[split]
@@ -128,7 +129,7 @@ def draw_degradation(rng, size: int, lo=0., hi=1.) -> dict:
         return mild + (heavy - mild) * rng.uniform(lo, hi)
     scale = (size / 512) ** SIZE_POWER
     sigma_x, sigma_y = [draw(BLUR_SIGMA[0], BLUR_SIGMA[1] * scale) for _ in range(2)]
-    sigma_y = sigma_x if rng.random() < .5 else sigma_y     # half of the kernels round (GFPGAN)
+    sigma_y = sigma_x if rng.random() < .5 else sigma_y     # half of them isotropic (GFPGAN)
     return dict(sigma_x=sigma_x, sigma_y=sigma_y, angle=rng.uniform(-math.pi, math.pi),
                 factor=draw(DOWN_FACTOR[0], max(1., DOWN_FACTOR[1] * scale)),
                 noise=draw(*NOISE_SIGMA), quality=round(draw(*JPEG_QUALITY)))

@@ -16,15 +16,15 @@ FRONTIER_STEPS, FRONTIER_ETAS = (2, 3, 5, 10, 20), (0.0, 0.5, 0.8, 1.0)    # our
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Of the mean of values (N,); nan for a single one."""
+    """The standard error of the mean of values (N,); nan for a single value."""
     return values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def hull(points: list[tuple[float, float]]) -> list[int]:
     """Indices of the upper concave hull of (PSNR, quality) points, by rising PSNR, from the point
     of best quality on. A chord of it is reachable: restore a share of the images with each end."""
-    order, kept = sorted(range(len(points)), key=lambda i: points[i]), []
-    for i in order[order.index(max(order, key=lambda i: (points[i][1], points[i][0]))):]:
+    kept = []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
         while kept and points[kept[-1]][1] <= points[i][1]:     # worse in both
             kept.pop()
         while len(kept) > 1 and cross(*(points[j] for j in (*kept[-2:], i))) >= 0:
@@ -70,7 +70,7 @@ def sampler_points(measured, Ks, eta: float) -> dict[tuple, dict]:
     return {choice: measured(*choice) for choice in tqdm(choices, "frontier", disable=None)}
 
 
-def frontier(rows: dict, points: dict, name: str) -> dict[str, tuple[float, float]]:
+def distances_beyond(rows: dict, points: dict, name: str) -> dict[str, tuple[float, float]]:
     """For each row, `beyond` in the plane of PSNR and `name`: {label: (distance, error)}."""
     plane = lambda row: torch.stack([row["psnr"], row[name] * (-1 if name == "lpips" else 1)], 1)
     samplers = torch.stack([plane(row) for row in points.values()])         # (S, N, 2)
@@ -78,7 +78,7 @@ def frontier(rows: dict, points: dict, name: str) -> dict[str, tuple[float, floa
 
 
 def verdict(label: str, name: str, distance: float, error: float) -> str:
-    """One sentence: beyond, on or behind the frontier, from two standard errors on."""
+    """One sentence. A distance within two standard errors, or without an error, is "on" it."""
     place = "on" if not abs(distance) > 2 * error else "beyond" if distance > 0 else "behind"
     return (f"{label} lies {place} the sampler's frontier: {distance:+.4f} ± {error:.4f} in {name} "
             "(above 0 is better) against the sampler at the same PSNR, or the nearest it reaches")

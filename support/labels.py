@@ -17,7 +17,7 @@ from support.data import graded, read_photo, to_float
 
 COLUMNS = ["path_a", "path_b", "preferred", "path_gt"]     # of the CSV file; path_gt is optional
 MIN_LABELS = 10     # ours: fewer cannot fit six numbers and leave some to check them
-SVM_C = 1.0         # the price of a wrong label, LIBLINEAR's default
+SVM_C = 1.0         # penalty of a wrong label, LIBLINEAR's default
 SVM_ROUNDS = 100    # ours: by then w changes by less than a part in a thousand
 
 
@@ -44,7 +44,7 @@ def label_pairs(labels: str, photos: Tensor, unknown, metric_vector, seed: int):
 
     `labels` "svm": milder and heavier degradations of `photos` (N, 3, H, W) train the SVM; else it
     is a person's CSV file. Returns (better, worse). Prints how well the SVM agrees with labels that
-    it has not seen. UserError if the file cannot be used."""
+    it has not seen. Raises UserError if the file cannot be used."""
     if labels == "svm":
         (a, b), gt = graded(photos, np.random.default_rng(seed)), photos
         label = np.ones(len(a))
@@ -68,8 +68,8 @@ def label_pairs(labels: str, photos: Tensor, unknown, metric_vector, seed: int):
 
 def read_labels(path, size: int):
     """A person's pairs in a CSV file: a, b (N, 3, size, size), the photos or None, and label (N,),
-    +1 where a is preferred and -1 where b is. Rows without a preference are skipped. UserError if
-    the file cannot be used."""
+    +1 where a is preferred and -1 where b is. Rows without a preference are skipped. Raises
+    UserError if the file cannot be used."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:     # Excel's files have a mark
             table = csv.DictReader(file, restval="")

@@ -17,7 +17,7 @@ class LPIPS(nn.Module):
     """1 - LPIPS with a backbone `net` (squeeze, alex or vgg).
 
     `weights` is a file of the backbone's ImageNet features; without it torchvision fetches one.
-    UserError if the file is not that backbone's, or if nothing can be fetched.
+    Raises UserError if the file is not that backbone's, or if nothing can be fetched.
     """
 
     def __init__(self, net: str = "squeeze", weights: str = None):
@@ -40,7 +40,8 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Two images (B, 3, H, W) in [-1, 1] -> (B,), at most 1. UserError if they are small."""
+        """Two images (B, 3, H, W) in [-1, 1] -> (B,), at most 1. Raises UserError if they are
+        small."""
         if min(x.shape[-2:]) < self.min_side:
             raise UserError(f"LPIPS: this backbone needs images of {self.min_side} px or more")
         return 1 - self.lpips(x, y).flatten()                           # (B, 1, 1, 1) -> (B,)
@@ -48,7 +49,7 @@ class LPIPS(nn.Module):
 
 def load_backbone(net: nn.Module, path: str, name: str):
     """Copy the tensors of a file into a backbone, in order: torchvision's names differ from those
-    of lpips. UserError if the shapes differ."""
+    of lpips. Raises UserError if the shapes differ."""
     source, target = (load_tensors(path, "--lpips_weights", "without it the backbone is fetched"),
                       list(net.state_dict().values()))
     if isinstance(source, dict):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy.spatial import ConvexHull
 
-from support.frontier import beyond, draw_frontier, frontier, hull, sampler_points, verdict
+from support.frontier import (beyond, distances_beyond, draw_frontier, hull, sampler_points,
+                              verdict)
 
 
 def test_hull_is_the_descending_part_of_scipys_upper_hull():
@@ -61,7 +62,7 @@ def test_lpips_counts_as_lower_better_and_the_picture_is_drawn(tmp_path):
     near = row_of(5, 0)
     near["lpips"] = near["lpips"] + .01 * torch.linspace(-1, 1, 50)     # mean 0, error .0008
     rows = {"sft": near, "good": row(24, .08), "bad": row(24, .12)}
-    places = frontier(rows, points, "lpips")
+    places = distances_beyond(rows, points, "lpips")
     assert [verdict(label, "lpips", *place).split(" lies ")[1].split()[0]
             for label, place in places.items()] == ["on", "beyond", "behind"]
     draw_frontier(tmp_path / "f.png", rows, points, ["lpips"], "sft")

@@ -46,3 +46,12 @@ def test_every_public_definition_has_a_docstring(name):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_" \
                     and name != "support.faces" and node.name not in ("main", "load_state_dict"):
                 assert ast.get_docstring(node), f"{name}.{node.name}"
+
+
+def test_the_readmes_order_of_reading_is_the_order_of_imports():
+    table = (ROOT / "README.md").read_text().split("## What is where")[1]
+    order = [line.split("`")[1].removesuffix(".py") for line in table.splitlines()
+             if line.startswith("| `") and ".py`" in line]
+    assert {*order} == {name for name in FILES if "." not in name}
+    for i, name in enumerate(order):
+        assert not imports(FILES[name]) & {*order[i:]}, name

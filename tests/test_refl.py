@@ -108,17 +108,6 @@ def test_roll_draws_a_fresh_eta_for_each_step():
     torch.testing.assert_close(refl.roll(BATCH[0], 3), x)
 
 
-def test_a_reward_without_gradient_is_refused_by_name():
-    face = FaceRewardModel().requires_grad_(False)
-    blind = CompositeReward({"face": 0.5, "ssim": 0.5}, face)
-    blind.terms["ssim"] = lambda x, gt: ssim(x.detach(), gt)
-    with pytest.raises(UserError, match="--rewards ssim: has no gradient"):
-        make(reward=blind)
-    blind.terms["ssim"] = lambda x, gt: ssim(x.round(), gt)     # a graph, but no slope
-    with pytest.raises(UserError, match="--rewards ssim: has no gradient"):
-        make(reward=blind)
-
-
 def test_the_distances_in_closed_form():
     a, b = [torch.zeros(2, 3), torch.ones(4)], [torch.full((2, 3), 2.0), torch.full((4,), 4.0)]
     assert feature_distance(a, b).item() == 4 + 9

@@ -122,7 +122,7 @@ def method_of(mode, given, monkeypatch):
     net = train.network(argparse.Namespace(**vars(run) | {"mode": "sft"}), "cpu")
     reward = CompositeReward({"ssim": 0.5, "face": 0.5}, FaceRewardModel().requires_grad_(False))
     monkeypatch.setattr(train, "load_reward", lambda *_: reward)
-    return train.restoration(run, net, "cpu", torch.Generator())[0]
+    return train.build_method(run, net, "cpu", torch.Generator())[0]
 
 
 @pytest.mark.parametrize("mode", ["lrpo", "refl", "darl"])

@@ -1,18 +1,19 @@
-"""What LRPO's and DARL's papers claim, put to the test: ideas switched off in turn, in equal time.
+"""The claims of LRPO's and DARL's papers, put to the test: each idea is switched off in turn.
 
     python -m tools.claims lrpo --root runs --minutes 1 --lpips_weights FILE
 
---root holds one folder a seed, 0, 1, 2, each with the sft and frm runs of that seed
-(`train.py --mode sft --seed S --out ROOT/S/sft`, the same with frm). Every arm is one command:
-`train.py --mode lrpo --out ROOT/S/ARM` (or darl), its flags from `ARMS`, and --minutes. Finished
-arms are not trained again. Writes ROOT/lrpo.md: the change against SFT, mean and standard deviation
-over the seeds, and the distance from SFT's frontier in LPIPS (evaluate.py --frontier); and
-ROOT/lrpo.png: reward against PSNR over training for the arms of `DRAWN`. `darl` does the same for
-DARL; `demo` for the demo's own 80 rollouts with other margins and rewards (--minutes is then for
-SFT trained on); and `long` trains and plots four times the rollouts at margin 0.
+--root holds a folder for each seed, 0, 1, 2, with the sft and frm runs of that seed (`train.py
+--mode sft --seed S --out ROOT/S/sft`, the same with frm). An arm is one command: `train.py --mode
+lrpo --out ROOT/S/ARM` (or darl) with its flags in `ARMS` and --minutes. Finished arms are not
+trained again.
+    lrpo   every arm for the same time. Writes ROOT/lrpo.md: the change against SFT, mean and
+           standard deviation over the seeds, and the distance from SFT's frontier in LPIPS; and
+           ROOT/lrpo.png: reward against PSNR over training, for the arms in `DRAWN`
+    darl   the same for DARL, without the picture
+    demo   80 rollouts as in the demo, with other margins and rewards; --minutes is for SFT
+    long   four times the rollouts at margin 0: ROOT/long.png
 """
 import argparse
-import csv
 import json
 import shutil
 import statistics
@@ -21,6 +22,8 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from support.log import Log
 
 ROOT = Path(__file__).parents[1]
 PLAIN = "--branch off --batch_size 8 --lr 1e-4"     # full trajectories cost eight times as much
@@ -54,7 +57,7 @@ DARL = {
     "KL": "--kl_weight .1",
 }
 DEMO = {
-    "as shipped": "--steps 80 --minutes 600",       # of two equal flags the last one counts
+    "as shipped": "--steps 80 --minutes 600",       # the last one of two equal flags counts
     "margin .5": "--fidelity_margin .5 --steps 80 --minutes 600",
     "offline rewards": "--rewards offline --steps 80 --minutes 600",
 }
@@ -72,18 +75,18 @@ def folder(arm: str) -> str:
 
 
 def call(*command):
-    """Run one of the project's programs; where it fails, its own sentence is the last word."""
+    """Run a program of the project. If it fails, this program ends with the same exit code."""
     status = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
     if status:
         sys.exit(status)
 
 
 def run_seed(root: Path, mode: str, seed: int, minutes: float, weights: list[str]):
-    """Train every arm of a seed that has not been trained, and measure all of them at once."""
+    """Train every arm of a seed that is not done, and measure all of them at once."""
     home = root / str(seed)
     for arm, flags in ARMS[mode].items():
         out = home / folder(arm)
-        if not (out / "done").exists():         # last.pt alone may be of a run that was stopped
+        if not (out / "done").exists():         # last.pt may be that of a stopped run
             call("train.py", "--mode", "darl" if mode == "darl" else "lrpo", "--seed", seed,
                  "--out", out, "--steps", 100_000, "--minutes", minutes, "--every", 5,
                  "--overwrite", *flags.split(), *weights)
@@ -103,7 +106,7 @@ def run_seed(root: Path, mode: str, seed: int, minutes: float, weights: list[str
 
 
 def table(root: Path, mode: str, seeds: list[int]) -> str:
-    """The markdown table over the seeds' metrics.json."""
+    """The markdown table over the seeds, from each metrics.json."""
     found = [json.loads((root / str(seed) / f"claims_{mode}" / "metrics.json").read_text())
              for seed in seeds]
     lines = ["| arm | " + " | ".join([*COLUMNS.values(), "beyond"]) + " |",
@@ -121,16 +124,25 @@ def table(root: Path, mode: str, seeds: list[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measurements(root: Path, seed: int, arm: str) -> list[dict]:
+    """The rows of an arm's metrics.csv that hold a measurement."""
+    return [row for row in Log(root / str(seed) / folder(arm) / "metrics.csv").rows
+            if row["heldout_psnr"]]
+
+
+def changes(rows: list[dict], column: str) -> list[float]:
+    """The change of a column since the first row."""
+    return [float(row[column]) - float(rows[0][column]) for row in rows]
+
+
 def curves(root: Path, seeds: list[int]):
-    """Held-out reward against PSNR, change from SFT: a line a seed, SFT trained on as points."""
+    """lrpo.png: change of held-out reward against that of PSNR, a line for each seed and arm."""
     fig = Figure(figsize=(6, 4.5))
     ax = fig.subplots()
     for seed in seeds:
         for arm, color in DRAWN.items():
-            with open(root / str(seed) / folder(arm) / "metrics.csv", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["heldout_psnr"]]
-            x, y = ([float(row[k]) - float(rows[0][k]) for row in rows]
-                    for k in ("heldout_psnr", "heldout_reward"))
+            rows = measurements(root, seed, arm)
+            x, y = (changes(rows, k) for k in ("heldout_psnr", "heldout_reward"))
             ax.plot(x, y, ".-", color=color, ms=4, lw=1, label=arm if seed == seeds[0] else None)
         rows = json.loads((root / str(seed) / "claims_lrpo" / "metrics.json").read_text())["rows"]
         x, y = (rows[folder(f"{LONGER} lrpo")][k] - rows["sft"][k] for k in ("psnr", "reward"))
@@ -144,15 +156,14 @@ def curves(root: Path, seeds: list[int]):
 
 
 def over_time(root: Path, seeds: list[int], arm: str):
-    """Held-out reward, LPIPS and PSNR of one arm against the rollout, a line a seed."""
+    """long.png: held-out reward, LPIPS and PSNR of one arm against the rollout."""
     names = {"heldout_reward": "reward", "heldout_r_lpips": "1 - LPIPS", "heldout_psnr": "PSNR, dB"}
     fig = Figure(figsize=(11, 3))
     for ax, (column, name) in zip(fig.subplots(1, 3), names.items()):
         for seed in seeds:
-            with open(root / str(seed) / folder(arm) / "metrics.csv", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["heldout_psnr"]]
-            change = [float(row[column]) - float(rows[0][column]) for row in rows]
-            ax.plot([int(row["step"]) for row in rows], change, ".-", label=f"seed {seed}")
+            rows = measurements(root, seed, arm)
+            ax.plot([int(row["step"]) for row in rows], changes(rows, column), ".-",
+                    label=f"seed {seed}")
         ax.axhline(0, color=".8", lw=.8, zorder=0)
         ax.set(xlabel="rollout", title=f"change of held-out {name}")
     ax.legend(fontsize=8)
@@ -163,7 +174,7 @@ def over_time(root: Path, seeds: list[int], arm: str):
 def main():
     p = argparse.ArgumentParser(description="A method's ideas switched off in turn, over seeds.")
     p.add_argument("mode", choices=list(ARMS))
-    p.add_argument("--root", type=Path, default=Path("runs"), help="one folder a seed (runs)")
+    p.add_argument("--root", type=Path, default=Path("runs"), help="a folder for each seed (runs)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--minutes", type=float, default=1.0, help="of training for each arm (1)")
     p.add_argument("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")

@@ -12,13 +12,14 @@ from pathlib import Path
 from frm import FRMSettings, unknown_pairs
 from model import load_restorer
 from support.checkpoint import pick_device
-from support.cli import UserError, is_blocked, positive, run_main, seed
+from support.cli import UserError, is_blocked, positive, run_main, seed_number
 from support.data import Photos, sheet
 from support.labels import COLUMNS
 
 
 def write_pairs(args):
-    """Write the pairs, the photos and pairs.csv. UserError if --out may hold labels already."""
+    """Write the pairs, the photos and pairs.csv. Raises UserError if --out may hold labels
+    already."""
     out = Path(args.out)
     if is_blocked(out) or (out / "pairs.csv").exists():
         raise UserError(f"--out {out}: is a file, or its pairs.csv may hold labels already; choose "
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", help="folder of photos (default: as trained)")
     p.add_argument("--out", default="pairs", help="a new folder (pairs)")
     p.add_argument("--n", type=positive, default=100, help="how many pairs (100)")
-    p.add_argument("--seed", type=seed, default=1, help="of the choice of photos and degradations")
+    p.add_argument("--seed", type=seed_number, default=1, help="of photos and degradations (1)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return p
 

@@ -26,24 +26,20 @@ BLIND = 0.1     # ours: a share of the term's largest fall
 
 
 def swap(x, radius):
-    """x (B, 3, S, S) with the next face of the batch in a soft-edged disc around the centre, whose
-    radius is a share of the side."""
+    """x (B, 3, S, S) with the previous face of the batch in a soft-edged disc around the centre,
+    whose radius is a share of the side."""
     place = torch.linspace(-.5, .5, x.shape[-1])
     inside = torch.sigmoid((radius - (place ** 2 + place[:, None] ** 2).sqrt()) / .02)
     return x.lerp(x.roll(1, dims=0), inside)
-
-
-def same_noise():
-    """A generator that draws the same noise at every grade."""
-    return torch.Generator().manual_seed(0)
 
 
 # name: (five grades, the function that damages x (B, 3, S, S) by a grade)
 DAMAGE = {
     "blur": ((.5, .8, 1.2, 1.8, 2.6),       # sigma in pixels of 64
              lambda x, g: torch.stack([blur(u, *[g * x.shape[-1] / 64] * 2, 0.) for u in x])),
-    "noise": ((5, 10, 20, 35, 50),          # sigma of 255
-              lambda x, g: x + g / 127.5 * torch.randn(x.shape, generator=same_noise())),
+    "noise": ((5, 10, 20, 35, 50),          # sigma of 255; the same noise at every grade
+              lambda x, g: x + g / 127.5 * torch.randn(
+                  x.shape, generator=torch.Generator().manual_seed(0))),
     "JPEG": ((90, 70, 45, 25, 10),          # quality
              lambda x, g: to_float(torch.stack([jpeg(u, g) for u in to_uint8(x)]))),
     "downsampling": ((1.33, 2, 3, 4, 6),    # factor, down and up again
