@@ -169,6 +169,9 @@ class LRPO:
 
     def gt_log_prob(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
         """log pi(x_gt_s | x_t, LQ) at the policy's own x_t, averaged over D: (B,)."""
+        if step.x_gt is None:       # noised once for all updates of a rollout
+            level = torch.full((len(gt),), step.s, device=gt.device)
+            step.x_gt = self.diffusion.q_sample(gt, level, gaussian(gt, self.generator))
         return gaussian_log_prob(step.x_gt, mu, sigma)
 
     def loss(self, step: Transition, lq: Tensor, gt: Tensor, mu: Tensor, sigma: Tensor, pg: Tensor):
@@ -188,9 +191,6 @@ class LRPO:
         with torch.no_grad():
             R, terms = self.score(restored, gt)                         # (B,)
             self.assign_advantages(steps, R.view(-1, G), self.step_weights(steps))
-        for step in steps:
-            level = torch.full((len(gt),), step.s, device=gt.device)
-            step.x_gt = self.diffusion.q_sample(gt, level, gaussian(gt, self.generator))
         n, first = self.settings.steps_per_update or len(steps), True
         for _ in range(self.settings.updates):
             seen = []

@@ -238,11 +238,18 @@ def test_reinforce_raises_the_reward():
 
 def test_the_ground_truth_is_noised_once_and_anew_in_each_rollout():
     """x_gt_s ~ N(sqrt(abar_s) x_gt, (1 - abar_s) I): mean and variance over all pixels."""
-    lrpo, gt = make(updates=1), []
-    lrpo.update = lambda steps, lq, x, first: (gt.append([step.x_gt for step in steps]),
-                                               {"ratio_max": torch.ones(())})[1]
+    lrpo, gt, update = make(lr=0.0), [], LRPO.update
+
+    def keep(steps, *given):
+        seen = update(lrpo, steps, *given)
+        gt.append([step.x_gt for step in steps])
+        return seen
+    lrpo.update = keep
     for _ in range(40):
         lrpo.step(BATCH)
+    assert all(torch.equal(a, b) for first, second in zip(gt[::2], gt[1::2])    # two updates
+               for a, b in zip(first, second))
+    gt = gt[::2]
     for k, (t, s) in enumerate(lrpo.schedule[:-1]):
         a = lrpo.diffusion.abar[s].item()
         z = torch.stack([x[k] for x in gt]) - math.sqrt(a) * BATCH[1][[0, 0, 0, 1, 1, 1]]
