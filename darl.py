@@ -28,6 +28,7 @@ from torch import Tensor
 
 from steered import BranchedLRPO, BranchedSettings, gaussian_kl
 from support.cli import UserError, setting, share
+from support.log import to_floats
 
 MEAN_DECAY = 0.95       # ours: a running mean over about twenty rollouts, as the policy improves
 
@@ -41,7 +42,8 @@ def blend_choice(text: str) -> str:
 
 @dataclass
 class DARLSettings(BranchedSettings):
-    """LRPO's settings without its loss weights, and DARL's own. No published value is known.
+    """LRPO's settings without its loss weights, and DARL's own. No published value is known;
+    "paper" in --help is LRPO's.
 
     Raises UserError for step-wise rewards with a branch: the members of a group share the state
     before the branch, so that its score cancels in the advantage."""
@@ -127,9 +129,10 @@ class DARL(BranchedLRPO):
         """As LRPO.step. The metrics also hold difficulty and lambda, their mean and standard
         deviation over the images."""
         stats = super().step(batch)
-        for name, values in (("difficulty", self.d), ("lambda", self.blend_weights)):
-            stats |= {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
-        return stats
+        d, lam = self.d, self.blend_weights
+        return stats | to_floats({
+            "difficulty": d.mean(), "difficulty_std": d.std(correction=0),
+            "lambda": lam.mean(), "lambda_std": lam.std(correction=0)})
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside network and optimiser."""

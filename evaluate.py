@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
+from frm import load_face_reward
 from model import BATCH, EVAL_ETA, load_restorer, restore
-from rewards import parse_rewards, psnr, ssim
-from settings import load_reward
+from rewards import CompositeReward, parse_rewards, psnr, ssim
 from support.checkpoint import pick_device
 from support.cli import (ModelSettings, UserError, add_flags, make_folder, positive, run_main,
                          seed_number, settings_fields, share)
+from support.clipiqa import load_clipiqa
 from support.data import Photos, pairs, sheet
 from support.frontier import (FRONTIER_STEPS, distances_beyond, draw_frontier, sampler_points,
                               standard_error, verdict)
@@ -33,6 +34,19 @@ def held_out(data, size: int, n: int, device):
               else Photos.drawn(n, 0, size, "heldout"))
     lq, gt = pairs(photos, range(len(photos)), HELD_OUT_SEED, epoch=0)
     return lq.to(device), gt.to(device)
+
+
+def load_reward(weights: dict[str, float], args, frm_path, device, size: int) -> CompositeReward:
+    """The composite reward with the models that `weights` names, from the files in `args` (flags of
+    ModelSettings) and `frm_path`. Raises UserError if one of them cannot be had."""
+    models = {}
+    if "face" in weights:
+        models["face"] = load_face_reward(frm_path, size=size).eval().requires_grad_(False)
+    if "lpips" in weights:
+        models["lpips"] = LPIPS(args.lpips_net, args.lpips_weights)
+    if "clipiqa" in weights:
+        models["clipiqa"] = load_clipiqa(args.clip_weights)
+    return CompositeReward(weights, **{name: model.to(device) for name, model in models.items()})
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@ Steps    of the training:
          1. Make pairs (better, worse) whose order is known.              `preference_pairs`
          2. Optionally let an SVM label pairs whose order is not known.   support/labels.py
          3. Raise the score of the better picture over the other's.       `pair_loss`
-Departs  Ours by default is a small network without text, trained here in a minute. For CLIP one
+Departs  Ours by default is a small network without text, trained here in minutes. For CLIP one
          sentence (`CAPTION`) stands in for a caption of each photo.
-Found    (docs/results.md) Trained on blurred and compressed pictures alone, the model prefers a
-         noisy photo to the photo itself in 99 of 100 pairs. `add_artefacts` corrects this. Still, a
-         policy gradient or ReFL without any regularisation hacks the model.
+Found    Trained on blurred and compressed pictures alone, the model takes noise for detail (see the
+         tests); `add_artefacts` corrects this. Still, a policy gradient or ReFL without any
+         regularisation hacks the model (docs/results.md).
 
 Both models have one interface: `score(x)` is the Bradley-Terry score in logits, (B,), which the
 pair loss compares. Calling the model gives the reward, (B,), higher is better.
@@ -28,6 +28,7 @@ from support.checkpoint import load_tensors
 from support.cli import UserError, policy_eta, setting
 from support.clipiqa import build_clip, normalise
 from support.data import Photos, graded, pairs
+from support.log import to_floats
 
 
 class FaceRewardModel(nn.Module):
@@ -36,7 +37,7 @@ class FaceRewardModel(nn.Module):
     The pair loss fixes only differences of scores. So the reward is the score, standardised over
     the training pictures (`calibrate`) and squashed by a sigmoid: (0, 1).
     """
-    WIDTHS = (32, 64, 96, 128)      # ours: 0.2 M parameters, which learn in a minute on two cores
+    WIDTHS = (32, 64, 96, 128)      # ours: 0.2 M parameters, which learn in minutes on two cores
 
     def __init__(self):
         super().__init__()
@@ -154,7 +155,7 @@ class FRMSettings:
 
 class FaceRewardTraining:
     """Trains a Face Reward Model (mode frm). One `step` is one optimiser step on pairs whose order
-    is known.
+    is known, or labelled.
 
     `restored` and `photos` (N, 3, H, W): restorations by the policy to be rewarded, and the photos.
     `labelled`: (better, worse), (M, 3, H, W) each, pairs that a person or an SVM has labelled.
@@ -191,8 +192,8 @@ class FaceRewardTraining:
         loss.backward()
         self.optimizer.step()
         self.net.calibrate(torch.cat([s for pair in scores.values() for s in pair]).detach())
-        return {"loss": loss.item(), **{f"accuracy_{kind}": (a > b).float().mean().item()
-                                        for kind, (a, b) in scores.items()}}
+        return to_floats({"loss": loss.detach(), **{f"accuracy_{kind}": (a > b).float().mean()
+                                                    for kind, (a, b) in scores.items()}})
 
 
 NOISE, CAST = 30 / 255, 0.15    # ours: standard deviations at full strength, for images in [0, 1]

@@ -9,9 +9,9 @@ Departs  Unlike DiffBIR, the base model of LRPO, it has no ControlNet, no VAE an
          low-quality face (LQ) is concatenated to x_t. It has no dropout, because a policy must give
          the same likelihood in rollout and update.
 
-Contract An image is float32 (B, 3, H, W), RGB, in [-1, 1]. t is an int64 tensor (B,), 0 .. T-1. A
-         sampling step goes from t to s < t, and s = -1 is the clean image (abar = 1). Only
-         `Diffusion` sees v; everything else sees mu, sigma and x0_hat.
+Contract An image is float32 (B, 3, H, W), RGB, in [-1, 1]. The network takes t as an int64 tensor
+         (B,), 0 .. T-1. A sampling step goes from an int t to an int s < t, and s = -1 is the clean
+         image (abar = 1). Only `Diffusion` sees v; everything else sees mu, sigma and x0_hat.
 """
 import math
 from dataclasses import dataclass, fields
@@ -35,7 +35,7 @@ class Config:
     Raises UserError if the levels cannot halve the size, or a width is no multiple of 4."""
     size: int = 32                  # side of the square image, in pixels
     channels: int = 32              # width of the first level
-    mults: tuple = (1, 2, 4)        # width of each level, as a multiple; each level halves the side
+    mults: tuple = (1, 2, 4)        # width of each level, as a multiple; the next has half the side
     blocks: int = 1                 # residual blocks in each level
     attention: int = 1              # how many of the lowest levels have self-attention
     patch: int = 2                  # pixel-unshuffle stem: 2 quarters the cost, 1 is a plain UNet
@@ -196,7 +196,7 @@ class Diffusion:
         return a.sqrt() * x0 + (1 - a).sqrt() * z
 
     def prior_v(self, x: Tensor, lq: Tensor, t: Tensor) -> Tensor:
-        """v as predicted by a restorer that knows only x_0 ~ N(LQ, prior^2 I): (B, 3, H, W).
+        """v of the posterior mean E[x_0 | x_t] under x_0 ~ N(LQ, prior^2 I): (B, 3, H, W).
 
         The network learns the difference to this prior prediction. It is EDM's skip connection
         (Karras et al. 2022, table 1, c_skip alone) with the mean LQ instead of 0. prior = 0.15 is
@@ -276,8 +276,9 @@ class Diffusion:
 
 
 def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise shaped like `like`. Drawn on the CPU: the same on every device."""
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    """Standard normal noise shaped like `like`: drawn on the CPU, the same on every device."""
+    noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, pin_memory=like.is_cuda)
+    return noise.to(like.device, non_blocking=True)
 
 
 def restore(net, lq: Tensor, K: int, eta: float, seed: int) -> Tensor:

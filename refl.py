@@ -13,8 +13,8 @@ Steps    of the algorithm, in the order of `ReFL.step`:
          4. Every --frm_update_every steps, train the Face Reward Model to prefer the photo to this
             restoration. A fixed reward model gets hacked.                   `ReFL.update_frm`
 Departs  - Published weights: reward .005, LPIPS .01, struct .01, reg 1e-4. Ours (tiny): face .1 and
-           SSIM .4, struct 15, reg .01, denoise 20, which keep PSNR while `face` rises. Nearest to
-           the published ones: --rewards face=1 --struct_weight 8 --reg_weight .02
+           SSIM .4, struct 15, reg .01, denoise 20, which kept PSNR while `face` rose (K = 10).
+           Nearest to the published ones: --rewards face=1 --struct_weight 8 --reg_weight .02
            --denoise_weight 0 (struct: .01 / .005, times 4, because our low-pass has gain 1 and the
            published band gain 4).
          - L_denoise is in ImageReward's paper, but not in its code.
@@ -39,6 +39,7 @@ from frm import pair_loss
 from model import MAX_GRAD_NORM, Diffusion, ResBlock, gaussian
 from rewards import low_pass
 from support.cli import UserError, setting, whole
+from support.log import to_floats
 
 
 @dataclass
@@ -156,15 +157,15 @@ class ReFL:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         self.taken += 1
-        stats = {name: term.mean().item() for name, term in terms.items()}
-        stats |= {f"loss_{name}": loss.item() for name, loss in losses.items()}
-        stats |= {"grad_norm": grad_norm.item(), "late_step": k}
+        stats = {name: term.detach().mean() for name, term in terms.items()}
+        stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+        stats |= {"grad_norm": grad_norm}
         every = self.settings.frm_update_every
         if self.frm is not None and every and self.taken % every == 0:
             stats |= self.update_frm(x0_hat.detach().clamp(-1, 1), lq, gt)
-        return stats
+        return to_floats(stats) | {"late_step": k}
 
-    def update_frm(self, restored: Tensor, lq: Tensor, gt: Tensor) -> dict[str, float]:
+    def update_frm(self, restored: Tensor, lq: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """The dynamic reward model: one step on (photo preferred to its restoration) and (photo
         preferred to its degraded self), images (B, 3, H, W). Returns the metrics."""
         for p in self.frm.trained():
@@ -175,7 +176,7 @@ class ReFL:
         loss.backward()
         self.frm_optimizer.step()
         self.frm.requires_grad_(False)      # the policy's backward pass does not need its gradient
-        return {"frm_loss": loss.item(), "frm_accuracy": (photo > worse).float().mean().item()}
+        return {"frm_loss": loss.detach(), "frm_accuracy": (photo > worse).float().mean()}
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside network and optimiser."""

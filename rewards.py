@@ -38,6 +38,9 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity of images (B, 3, H, W) in [-1, 1], H and W at least 11: (B,) in
     [-1, 1]. Gaussian window, no padding, mean over RGB: scikit-image's with gaussian_weights and
     without sample covariance."""
+    dtype = x.dtype
+    if x.is_cuda:       # a GPU's convolutions use TF32, whose rounding moves SSIM by .01
+        x, y = x.double(), y.double()
     x, y = (x + 1) / 2, (y + 1) / 2                                     # to [0, 1]
     d = torch.arange(SSIM_TAPS, device=x.device, dtype=x.dtype) - SSIM_TAPS // 2
     w = torch.exp(-d ** 2 / (2 * SSIM_SIGMA ** 2))
@@ -51,7 +54,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     s = ((2 * mx * my + SSIM_C1) * (2 * cov + SSIM_C2)
          / ((mx * mx + my * my + SSIM_C1) * (vx + vy + SSIM_C2)))
-    return s.mean(dim=(1, 2, 3))
+    return s.mean(dim=(1, 2, 3)).to(dtype)
 
 
 LOW_PASS_SHARPNESS = 60.0   # LRPO's code: exp(-15 L1) of a band whose DC gain is 4; ours has gain 1
@@ -86,9 +89,9 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 SETS = {
     "paper": "face=.3,lpips=.3,clipiqa=.1,dwt=.3",      # LRPO's code, "recommended"
     "paper-alt": "face=.4,lpips=.2,clipiqa=.2,dwt=.2",  # LRPO's code, the alternative
-    "default": "lpips=.7,face=.1,dwt=.1,ssim=.1",   # ours, by measurement: docs/results.md
+    "default": "lpips=.7,face=.1,dwt=.1,ssim=.1",   # ours; measured in docs/results.md
     "no-face": "lpips=.4,clipiqa=.2,ssim=.4",   # ours: without a face reward model
-    "offline": "ssim=.2,dwt=.5,face=.3"}    # ours, by measurement: nothing has to be downloaded
+    "offline": "ssim=.2,dwt=.5,face=.3"}    # ours; nothing has to be downloaded
 TERMS = ("ssim", "dwt", "lpips", "clipiqa", "face")
 MIN_SIDE = 16       # the Face Reward Model halves the side four times; SSIM needs 11, dwt 8
 
@@ -129,8 +132,9 @@ class CompositeReward:
             raise ValueError(f"reward {missing[0]} needs its model")
 
     def __call__(self, x: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, H, W), H and W at least 16 -> R (B,) and each term (B,), not weighted,
-        float32. x is clamped to [-1, 1] here. Raises UserError if the images are smaller."""
+        """Images (B, 3, H, W), H and W at least 16 (17 for LPIPS, 32 for CLIP-IQA) -> R (B,) and
+        each term (B,), not weighted, float32. x is clamped to [-1, 1] here. Raises UserError if the
+        images are smaller."""
         if min(x.shape[-2:]) < MIN_SIDE:
             raise UserError(f"--size: the rewards need images of {MIN_SIDE} px or more")
         x = x.float().clamp(-1, 1)

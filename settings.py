@@ -1,30 +1,28 @@
 """The flags of train.py, and the presets that fill in what the command line leaves open.
 
-A flag is a field of a settings dataclass, with default, published value and meaning: `RunSettings`
-here for every mode, and the method's own in sft.py, frm.py, lrpo.py, steered.py, refl.py or
-darl.py. So a mode has no flag of another mode. A value comes from, in this order: the command line,
-`--recipe paper`, the preset, the default.
+A flag (but for --mode, --methods and --recipe) is a field of a settings dataclass, with default,
+published value and meaning: `RunSettings` here for every mode, and the method's own in sft.py,
+frm.py, lrpo.py, steered.py, refl.py or darl.py. So a mode has no flag of another mode. A value
+comes from, in this order: the command line, `--recipe paper`, the preset, the default.
 """
 import argparse
 from dataclasses import dataclass
 
 from darl import DARLSettings
-from frm import FRMSettings, load_face_reward
+from frm import FRMSettings
 from lrpo import LRPOSettings
 from refl import ReFLSettings
-from rewards import SETS, CompositeReward
+from rewards import SETS
 from sft import SFTSettings
 from steered import SteeredSettings
 from support.cli import (ModelSettings, UserError, add_flags, multiples, seed_number, setting,
-                         settings_fields)
-from support.clipiqa import load_clipiqa
-from support.lpips_reward import LPIPS
+                         settings_fields, whole)
 
 METHODS = ["lrpo", "refl", "darl"]      # they start from the restorer of mode sft
 MODES = ["sft", "frm", *METHODS, "demo"]
 
-# `tiny` and `small` were chosen by measurement (docs/results.md). `base` has the paper's K and G
-# and DiffusionReward's steps and learning rate; the rest of it is extrapolated. It was never run.
+# Ours. docs/results.md says what was measured: `tiny`, and `small` with 32 channels. `base` has the
+# paper's K and G and DiffusionReward's steps and learning rate; it was never run.
 PRESETS = {
     "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
         size=32, channels=32, mults="1,2,4", patch=2, faces=4096, ddim_steps=5, bf16="off",
@@ -60,7 +58,7 @@ PAPER_RECIPE = dict(rewards="paper", lpips_net="vgg", bf16="off")   # beside LRP
 
 @dataclass
 class RunSettings(ModelSettings):
-    """The flags of every mode. A preset, or train.py, replaces None."""
+    """The flags of every mode. A preset replaces None in most of them."""
     preset: str = setting("tiny", None, "a set of defaults", choices=list(PRESETS))
     data: str = setting(None, None, "folder of face photos; left out: drawn faces")
     faces: int = setting(None, None, "how many drawn faces to train on")
@@ -75,6 +73,8 @@ class RunSettings(ModelSettings):
     seed: int = setting(0, None, "of everything that is random", type=seed_number)
     ddim_steps: int = setting(None, None, "K, sampling steps")
     rewards: str = setting(None, None, f"name=weight,..., or a set: {', '.join(SETS)}")
+    workers: int = setting(0, None, "processes that make the batches; 0: this one", type=whole)
+    compile: bool = setting(False, None, "compile the network: faster on a GPU; not for refl")
     bf16: str = setting(None, None, "network in bfloat16; likelihoods stay in float32",
                         choices=["on", "off"])
     size: int = setting(None, None, "side of the images in pixels")
@@ -107,7 +107,7 @@ def parser(mode: str, recipe: str = "steered") -> argparse.ArgumentParser:
     if mode == "lrpo":
         p.add_argument("--recipe", choices=["steered", "paper"], help="paper: the published method "
                        "at its published settings; steered: ours (steered.py); default: steered")
-    by_preset = {name for preset in PRESETS.values() for name in {*preset, *preset["sft"]}}
+    by_preset = {*PRESETS["base"], *PRESETS["base"]["sft"]}     # base has every key
     add_flags(p, known, by_preset, only_given=True)
     return p
 
@@ -158,16 +158,3 @@ def method_values(run):
     """The method's settings dataclass, filled from a resolved run."""
     own = method_settings(run.mode, getattr(run, "recipe", "steered"))
     return own(**{name: getattr(run, name) for name in settings_fields(own)})
-
-
-def load_reward(weights: dict[str, float], args, frm_path, device, size: int) -> CompositeReward:
-    """The composite reward with the models that `weights` names, from the files in `args` (flags of
-    ModelSettings) and `frm_path`. Raises UserError if one of them cannot be had."""
-    models = {}
-    if "face" in weights:
-        models["face"] = load_face_reward(frm_path, size=size).eval().requires_grad_(False)
-    if "lpips" in weights:
-        models["lpips"] = LPIPS(args.lpips_net, args.lpips_weights)
-    if "clipiqa" in weights:
-        models["clipiqa"] = load_clipiqa(args.clip_weights)
-    return CompositeReward(weights, **{name: model.to(device) for name, model in models.items()})

@@ -15,6 +15,7 @@ from torch import nn
 
 from model import MAX_GRAD_NORM, Diffusion
 from support.cli import setting
+from support.log import to_floats
 
 
 @dataclass
@@ -37,7 +38,7 @@ class SFT:
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
-        return {"loss": loss.item(), "grad_norm": grad_norm.item()}
+        return to_floats({"loss": loss.detach(), "grad_norm": grad_norm})
 
 
 class EMA:

@@ -7,12 +7,12 @@ lrpo.py contains none of them.
               MixGRPO branch too.                              `BranchedLRPO.rollout`, `policy`
 2. Posterior  The paper adds fresh noise to x_gt. The noised x_gt is then not on the trajectory of
               x_t. Here it is replaced by DDIM's posterior q(x_{t-1} | x_t, x_gt) (DDPM's for
-              eta = 1), the step of a policy that knows x_gt. The log-likelihood becomes
-              -KL(q || pi), which is E_q[log pi] plus a constant. It is a weighted
-              |x0_hat - x_gt|^2 at the policy's own states.    `SteeredLRPO.gt_log_prob`
+              eta = 1), the step of a policy that knows x_gt. -KL(q || pi), which is E_q[log pi]
+              plus a constant, replaces log pi in L_gt. It is a weighted |x0_hat - x_gt|^2 at the
+              policy's own states.                             `SteeredLRPO.gt_log_prob`
 3. Steering   The weight of that likelihood is a Lagrange multiplier. It rises while the policy's
               PSNR is more than `fidelity_margin` below that of the frozen policy from which the run
-              started, and falls otherwise. A proportional and an integral term damp its
+              started, and falls otherwise. A proportional term beside the integral damps its
               oscillation (Stooke et al. 2020, arXiv 2007.03964).  `Multiplier`, `fidelity_gap`
 """
 import copy
@@ -27,10 +27,10 @@ from model import EVAL_ETA, gaussian
 from rewards import psnr
 from support.cli import UserError, amount, setting
 
-FIRST_WEIGHT = 5.0          # ours: near the value at which steering ends at 32 px and eta = 1
+FIRST_WEIGHT = 5.0          # ours: steering ends at about 7 at 32 px, at .5 to 4 at 64 px
 PROPORTIONAL = 8.0          # ours: per dB; .1 dB below the target multiplies the weight by 2.2
 INTEGRAL = 0.4              # ours: per dB and rollout; .1 dB over 17 rollouts doubles the weight
-SMOOTHING = 0.7             # ours: of the error, over some three rollouts
+SMOOTHING = 0.7             # ours: of the proportional term's error, over about three rollouts
 LOG_RANGE = math.log(100)   # ours: the weight stays within a factor of 100 of the first
 GAP_LIMIT = 0.3             # ours: dB; a larger error counts as this much
 GAP_IMAGES = 16             # ours: leaves about .03 dB of noise (.12 dB for one image)
@@ -146,7 +146,7 @@ class SteeredLRPO(BranchedLRPO):
         for net in (self.net, self.reference):
             self.generator.set_state(noise)
             x = self.diffusion.sample(net, lq, len(self.schedule), EVAL_ETA, self.generator)
-            scores.append(psnr(x, gt))                                  # (P,)
+            scores.append(psnr(x, gt))                                  # (<= 16,)
         return (scores[0] - scores[1]).mean().item()
 
     def step(self, batch) -> dict[str, float]:

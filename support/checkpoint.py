@@ -13,7 +13,7 @@ from support.cli import UserError, is_blocked
 
 # What may differ when a run goes on. Everything else would make it another run.
 FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite",
-                  "lpips_weights", "clip_weights"}
+                  "workers", "lpips_weights", "clip_weights"}
 
 
 def load_tensors(path, flag: str, remedy: str = "") -> dict:

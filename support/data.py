@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from support.cli import UserError
@@ -197,6 +198,25 @@ def train_batch(photos: Photos, batch_size: int, seed: int, step: int) -> tuple[
     """(lq, gt) of batch `step`: as `pairs`."""
     epoch, index = batch_index(len(photos), batch_size, seed, step)
     return pairs(photos, index, seed, epoch)
+
+
+class Batches(Dataset):
+    """The training batches of a run. Item `step` is batch `step`, whichever worker makes it."""
+
+    def __init__(self, photos: Photos, batch_size: int, seed: int):
+        self.photos, self.batch_size, self.seed = photos, batch_size, seed
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """As `train_batch`."""
+        return train_batch(self.photos, self.batch_size, self.seed, step)
+
+
+def loader(photos: Photos, batch_size: int, seed: int, steps: range, workers: int, device):
+    """The batches of `steps`, made by `workers` processes ahead of time, or here for 0. The result
+    is the same for any number of workers."""
+    return DataLoader(Batches(photos, batch_size, seed), batch_size=None, sampler=steps,
+                      num_workers=workers, pin_memory=device.type == "cuda",
+                      generator=torch.Generator())      # else it draws from the global generator
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -1,9 +1,16 @@
-"""metrics.csv: one row for each step, and the curves drawn from it."""
+"""The metrics of a run: metrics.csv, one row for each step, and the curves drawn from it."""
 import csv
 import math
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars as plain numbers. One transfer serves all, so the device is waited for only once."""
+    return dict(zip(metrics, torch.stack([v.float() for v in metrics.values()]).tolist()))
 
 
 class Log:

@@ -375,3 +375,13 @@ def test_sheet_has_a_line_an_image_and_a_column_a_tensor():
             tile = picture[line * 32:line * 32 + 32:2, column * 32:column * 32 + 32:2]
             expected = data.to_uint8(images[column, line]).permute(1, 2, 0).numpy()
             assert (tile == expected).all()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_makes_the_same_batches(workers):
+    photos, before = Photos.drawn(12, 0, 16, "train"), torch.get_rng_state()
+    here = [data.train_batch(photos, 4, 7, step) for step in range(2, 7)]
+    there = data.loader(photos, 4, 7, range(2, 7), workers, torch.device("cpu"))
+    for (lq, gt), (lq2, gt2) in zip(here, there, strict=True):
+        assert torch.equal(lq, lq2) and torch.equal(gt, gt2)
+    assert torch.equal(before, torch.get_rng_state())       # the weights' first values hang on it

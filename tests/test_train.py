@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import build
 import evaluate
 import sample
 import settings
@@ -34,8 +35,8 @@ def run(mode, out, *more, steps=3):
 @pytest.fixture(scope="module", autouse=True)
 def little_work():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "VALIDATION", 8)
-        patch.setattr(train, "RESTORED_PAIRS", 8)
+        patch.setattr(build, "VALIDATION", 8)
+        patch.setattr(build, "RESTORED_PAIRS", 8)
         patch.setitem(settings.PRESETS, "tiny", quick_preset("offline"))
         yield
 
@@ -119,10 +120,10 @@ def method_of(mode, given, monkeypatch):
     """The method that train.py builds from these flags."""
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     run = settings.resolve(mode, settings.parse(["--mode", mode, *flags, *SMALL[:6]]))
-    net = train.network(argparse.Namespace(**vars(run) | {"mode": "sft"}), "cpu")
+    net = build.network(argparse.Namespace(**vars(run) | {"mode": "sft"}), "cpu")
     reward = CompositeReward({"ssim": 0.5, "face": 0.5}, FaceRewardModel().requires_grad_(False))
-    monkeypatch.setattr(train, "load_reward", lambda *_: reward)
-    return train.build_method(run, net, "cpu", torch.Generator())[0]
+    monkeypatch.setattr(evaluate, "load_reward", lambda *_: reward)
+    return build.build_method(run, net, "cpu", torch.Generator())[0]
 
 
 @pytest.mark.parametrize("mode", ["lrpo", "refl", "darl"])
@@ -148,7 +149,7 @@ def test_the_papers_recipe_is_the_published_settings_but_for_what_is_given(monke
                      steps_per_update=1, updates=1, rewards="paper", lpips_net="vgg", bf16="off")
     assert {name: getattr(args, name) for name in published} == published and args.group == 4
     method = method_of("lrpo", given, monkeypatch)
-    assert type(method) is train.LRPO and method.settings.gt_last == 5
+    assert type(method) is build.LRPO and method.settings.gt_last == 5
 
 
 def test_minutes_stop_a_run_early(tmp_path):

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from model import BATCH
 from rewards import parse_rewards
-from settings import load_reward
+from evaluate import load_reward
 from support.checkpoint import pick_device
 from support.cli import ModelSettings, add_flags, make_folder, positive, run_main, settings_fields
 from support.data import Photos, blur, jpeg, to_float, to_uint8
