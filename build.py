@@ -12,6 +12,7 @@ from rewards import parse_rewards
 from settings import PRESETS, method_values
 from sft import SFT
 from steered import SteeredLRPO
+from support.checkpoint import check_finished
 from support.cli import UserError
 from support.data import sheet, train_batch
 from support.labels import label_pairs
@@ -34,6 +35,7 @@ def network(run, device) -> UNet:
             raise UserError(f"--mode {run.mode} starts from {init}, not there yet: run --mode sft "
                             "first, or give --init CKPT")
         net, state = load_restorer(init, device, "--init")
+        check_finished(state, init, "--init")
         if net.config.size != run.size:
             raise UserError(f"--init {init}: made for {net.config.size} px, not --size {run.size}")
         if state["args"]["data"] and not run.data:

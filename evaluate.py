@@ -140,8 +140,13 @@ def compare(args):
     nets, states, labels = load(args, device)
     size, saved = nets[0].config.size, states[0]["args"]
     Ks = [args.ddim_steps or state["args"]["ddim_steps"] for state in states]
-    frm = args.frm_weights or Path(args.ckpt[0]).resolve().parent.parent / "frm" / "last.pt"
-    reward = load_reward(parse_rewards(args.rewards or saved["rewards"]), args, frm, device, size)
+    beside = [Path(path).resolve().parent.parent / "frm" / "last.pt" for path in args.ckpt]
+    frm = args.frm_weights or next((path for path in beside if path.exists()), None)
+    weights = parse_rewards(args.rewards or saved["rewards"])
+    if "face" in weights and frm is None and len(weights) > 1:
+        del weights["face"]
+        print(f"face is left out of the reward: no {beside[0]} is there; --frm_weights names one")
+    reward = load_reward(weights, args, frm, device, size)
     lpips = reward.terms.get("lpips")
     if args.lpips_weights and lpips is None:
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)

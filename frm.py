@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from model import gaussian, norm, restore
 from rewards import dwt, psnr, ssim
-from support.checkpoint import load_tensors
+from support.checkpoint import check_finished, load_run, load_tensors
 from support.cli import UserError, policy_eta, setting
 from support.clipiqa import build_clip, normalise
 from support.data import Photos, graded, pairs
 from support.log import to_floats
+from support.optimise import optimiser_step
 
 
 class FaceRewardModel(nn.Module):
@@ -129,6 +130,7 @@ def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
         if size not in (None, state["args"]["size"]):
             raise UserError(f"{source}: trained on {state['args']['size']} px, not {size} px; give "
                             "its --size, name another, or train anew (--mode frm --overwrite)")
+        check_finished(load_run(path, "--frm_weights", remedy), path, "--frm_weights")
         face = FaceRewardModel()
         face.load_state_dict(weights)
         return face
@@ -190,7 +192,7 @@ class FaceRewardTraining:
         loss = sum(pair_loss(a, b) for a, b in scores.values()) / len(scores)
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
+        optimiser_step(self.optimizer, {"loss": loss})
         self.net.calibrate(torch.cat([s for pair in scores.values() for s in pair]).detach())
         return to_floats({"loss": loss.detach(), **{f"accuracy_{kind}": (a > b).float().mean()
                                                     for kind, (a, b) in scores.items()}})

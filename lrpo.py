@@ -30,6 +30,7 @@ from torch import Tensor
 from model import MAX_GRAD_NORM, Diffusion, gaussian
 from support.cli import at_least_two, policy_eta, setting, whole
 from support.log import to_floats
+from support.optimise import check_finite, optimiser_step
 
 ADV_EPS = 1e-4              # LRPO's code: bounds the advantage where the rewards hardly differ
 ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
@@ -190,13 +191,13 @@ class LRPO:
         restored, steps = self.rollout(lq)
         with torch.no_grad():
             R, terms = self.score(restored, gt)                         # (B,)
+            check_finite(terms)
             self.assign_advantages(steps, R.view(-1, G), self.step_weights(steps))
-        n, first = self.settings.steps_per_update or len(steps), True
-        for _ in range(self.settings.updates):
+        n = self.settings.steps_per_update or len(steps)
+        for k in range(self.settings.updates):
             seen = []
             for i in range(0, len(steps), n):
-                seen.append(self.update(steps[i:i + n], lq, gt, first))
-                first = False
+                seen.append(self.update(steps[i:i + n], lq, gt, k == i == 0))
         std = R.view(-1, G).std(dim=1, correction=0)                    # (P,)
         return to_floats({      # `seen` holds the last pass over the rollout
             "reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
@@ -217,14 +218,13 @@ class LRPO:
             (loss / len(steps)).backward()
             seen.append({k: v.detach() for k, v in terms.items()} | {"ratio": ratio.detach()})
         ratio = torch.stack([u.pop("ratio") for u in seen])                     # (n, B)
-        slack = BF16_SLACK if self.net.bf16 else RATIO_SLACK
-        if first and not (ratio - 1).abs().max() <= slack:          # `not <=` catches NaN too
-            raise RuntimeError(f"the ratio is off 1 by {(ratio - 1).abs().max():.1e} before any "
-                               "update: rollout and update do not compute the same policy")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
-        return {**{k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]},
-                "grad_norm": grad_norm, "ratio_mean": ratio.mean(), "ratio_max": ratio.max(),
-                "clip_fraction": ((ratio - 1).abs() > self.clip).float().mean(),
+        off, slack = (ratio - 1).abs(), BF16_SLACK if self.net.bf16 else RATIO_SLACK    # (n, B)
+        if first and off.max() > slack:
+            raise RuntimeError(f"the ratio is off 1 by {off.max():.1e} before any update: rollout "
+                               "and update do not compute the same policy")
+        metrics = {k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]}
+        grad_norm = optimiser_step(self.optimizer, metrics, MAX_GRAD_NORM)
+        return {**metrics, "grad_norm": grad_norm, "ratio_mean": ratio.mean(),
+                "ratio_max": ratio.max(), "clip_fraction": (off > self.clip).float().mean(),
                 "approx_kl": -ratio.log().mean()}       # E_old log(pi_old / pi), per dimension
 

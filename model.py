@@ -14,17 +14,18 @@ Contract An image is float32 (B, 3, H, W), RGB, in [-1, 1]. The network takes t 
          image (abar = 1). Only `Diffusion` sees v; everything else sees mu, sigma and x0_hat.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.checkpoint import load_tensors
+from support.checkpoint import load_run
 from support.cli import UserError
 
-MAX_GRAD_NORM = 1.0     # LRPO's code; here in sft, lrpo, refl and darl, not for reward models
+MAX_GRAD_NORM = 1.0     # LRPO's code; for sft, lrpo, refl and darl, not for reward models
 EVAL_ETA = 0.8          # LRPO's code: eta at inference (it trains with 1.0)
+BETAS = 1e-4, 0.02      # DDPM, section 4: the first and the last beta
 BATCH = 100             # ours: how many images are restored or scored at a time
 
 
@@ -32,7 +33,7 @@ BATCH = 100             # ours: how many images are restored or scored at a time
 class Config:
     """Everything needed to build the network again. A checkpoint holds it as a plain dict.
 
-    Raises UserError if the levels cannot halve the size, or a width is no multiple of 4."""
+    Raises UserError if the levels cannot halve the size, or channels is no multiple of 4."""
     size: int = 32                  # side of the square image, in pixels
     channels: int = 32              # width of the first level
     mults: tuple = (1, 2, 4)        # width of each level, as a multiple; the next has half the side
@@ -45,9 +46,8 @@ class Config:
     def __post_init__(self):
         self.mults = tuple(self.mults)
         unit = self.patch * 2 ** (len(self.mults) - 1)
-        if self.channels < 4 or self.channels % 4 or min(self.mults) < 1:
-            raise UserError("--channels must be a multiple of 4 and each of --mults 1 or more, not "
-                            f"{self.channels} and {self.mults}")
+        if self.channels < 4 or self.channels % 4:
+            raise UserError(f"--channels must be a multiple of 4, not {self.channels}")
         if self.size % unit:
             raise UserError(f"--size {self.size}: must be a multiple of {unit} for this network")
 
@@ -175,14 +175,11 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # The process
 
-BETA_FIRST, BETA_LAST = 1e-4, 0.02      # DDPM, section 4
-
-
 class Diffusion:
     """The noise schedule and what follows from it. `net(x_t, lq, t)` is a UNet."""
 
     def __init__(self, config: Config, device="cpu"):
-        beta = torch.linspace(BETA_FIRST, BETA_LAST, config.timesteps, dtype=torch.float64)
+        beta = torch.linspace(*BETAS, config.timesteps, dtype=torch.float64)
         self.abar = torch.cumprod(1 - beta, dim=0).float().to(device)   # (T,)
         self.T, self.prior = config.timesteps, config.prior
 
@@ -288,13 +285,16 @@ def restore(net, lq: Tensor, K: int, eta: float, seed: int) -> Tensor:
 
 
 def load_restorer(path, device="cpu", flag: str = "--ckpt") -> tuple[UNet, dict]:
-    """The network with its averaged weights, ready to restore, and the whole checkpoint. Raises
-    UserError naming `flag` if the file is not a restorer's checkpoint."""
-    state = load_tensors(path, flag)
-    if not isinstance(state, dict) or not state.get("config"):
+    """The network with its averaged weights, and the whole checkpoint. Raises UserError naming
+    `flag` if the file is not a restorer's, or cannot be used."""
+    state = load_run(path, flag)
+    if not state["config"]:
         raise UserError(f"{flag} {path}: not a restorer's checkpoint of train.py")
-    if state["config"].keys() != {f.name for f in fields(Config)}:
-        raise UserError(f"{flag} {path}: from another version of this program; train it again")
-    net = UNet(Config(**state["config"]))
-    net.load_state_dict(state["ema"])
+    try:
+        net = UNet(Config(**state["config"]))
+        net.load_state_dict(state["ema"])
+    except (TypeError, RuntimeError, AttributeError, ValueError):       # fields or shapes differ
+        raise UserError(f"{flag} {path}: a damaged checkpoint; train it again") from None
+    if not all(p.isfinite().all() for p in net.parameters()):
+        raise UserError(f"{flag} {path}: its weights are not finite; use an earlier checkpoint")
     return net.to(device).eval(), state

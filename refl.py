@@ -40,6 +40,7 @@ from model import MAX_GRAD_NORM, Diffusion, ResBlock, gaussian
 from rewards import low_pass
 from support.cli import UserError, setting, whole
 from support.log import to_floats
+from support.optimise import optimiser_step
 
 
 @dataclass
@@ -154,8 +155,7 @@ class ReFL:
                    "reg": self.settings.reg_weight, "denoise": self.settings.denoise_weight}
         self.optimizer.zero_grad()
         sum(weights[name] * loss for name, loss in losses.items()).backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
+        grad_norm = optimiser_step(self.optimizer, terms | losses, MAX_GRAD_NORM)
         self.taken += 1
         stats = {name: term.detach().mean() for name, term in terms.items()}
         stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
@@ -174,7 +174,7 @@ class ReFL:
         loss = (pair_loss(photo, worse) + pair_loss(photo, worst)) / 2
         self.frm_optimizer.zero_grad()
         loss.backward()
-        self.frm_optimizer.step()
+        optimiser_step(self.frm_optimizer, {"frm_loss": loss})
         self.frm.requires_grad_(False)      # the policy's backward pass does not need its gradient
         return {"frm_loss": loss.detach(), "frm_accuracy": (photo > worse).float().mean()}
 

@@ -3,45 +3,44 @@
     python sample.py --ckpt runs/lrpo/last.pt --input photos/ --output restored/
 
 A photo of any size is cut to its centre square and resized to the model's size. The result is
-written at that size, as a PNG of the same name (a.jpg becomes a.png). The network was trained on
+written at that size, as a PNG of the same name (a.jpg becomes a.png). One that is there already is
+kept, so that a stopped command can be given again. The network was trained on
 faces that fill the picture, so crop to the head first. The noise of each photo is drawn from --seed
 again, so its result does not depend on the others. --sheet writes all pairs in one picture.
 """
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from model import EVAL_ETA, load_restorer, restore
-from support.checkpoint import pick_device
-from support.cli import UserError, is_blocked, positive, run_main, seed_number, share
+from support.checkpoint import pick_device, replacing
+from support.cli import UserError, is_blocked, make_folder, positive, run_main, seed_number, share
 from support.data import find_photos, read_photo, sheet, to_float
 
 SHEET_SIDE = 128        # ours: the least side of each picture in the sheet, in pixels
 
 
-def outputs(source: Path, output: Path, overwrite: bool = False) -> dict[Path, Path]:
-    """Each input photo and the path of its restoration. Raises UserError where a file would be
-    lost: two inputs with one output, an output that is an input, or one that exists without
-    `overwrite`."""
+def outputs(source: Path, output: Path) -> dict[Path, Path]:
+    """Each input photo and the path of its restoration, no two of them the same. Raises UserError
+    if a restoration would replace an input."""
     source, output = source.resolve(), output.resolve()
     if is_blocked(output):
         raise UserError(f"--output {output}: is a file, or below one; name a folder")
-    photos = {source: output / f"{source.stem}.png"} if source.is_file() else {
-        path: output / path.relative_to(source).with_suffix(".png")
-        for path in find_photos(source, "--input")}
-    seen = {}
-    for path, target in photos.items():
-        if target in seen:
-            raise UserError(f"--input: {seen[target]} and {path} would both become {target}; "
-                            "rename one of them")
-        if target in photos or target.exists() and not overwrite:
-            raise UserError(f"--output {output}: {target} is there already and would be lost; "
-                            "choose another folder, or --overwrite for earlier results")
-        seen[target] = path
-    return photos
+    names = {source: Path(source.name)} if source.is_file() else {
+        path: path.relative_to(source) for path in find_photos(source, "--input")}
+    count = Counter(name.with_suffix(".png") for name in names.values())
+    targets = {}
+    for path, name in names.items():        # a.jpg -> a.png, but a.jpg.png if there is an a.tif too
+        alone = count[name.with_suffix(".png")] == 1
+        targets[path] = output / (name.with_suffix(".png") if alone else f"{name}.png")
+        if targets[path] in names:
+            raise UserError(f"--output {output}: would replace the photo {targets[path]}; choose "
+                            "another folder")
+    return targets
 
 
 def check_sheet(path: Path, overwrite: bool):
@@ -59,8 +58,10 @@ def main(args):
         check_sheet(Path(args.sheet), args.overwrite)
     net, state = load_restorer(args.ckpt, device)
     K = args.ddim_steps or state["args"]["ddim_steps"]
-    photos, pairs, skipped = outputs(Path(args.input), Path(args.output), args.overwrite), [], 0
-    for path, target in tqdm(photos.items(), "restoring", disable=None):
+    photos, pairs, skipped = outputs(Path(args.input), Path(args.output)), [], 0
+    todo = {path: target for path, target in photos.items()
+            if args.overwrite or not target.exists()}
+    for path, target in tqdm(todo.items(), "restoring", disable=None):
         try:
             lq = to_float(read_photo(path, net.config.size))[None].to(device)   # (1, 3, S, S)
         except UserError as error:
@@ -68,16 +69,19 @@ def main(args):
             skipped += 1
             continue
         restored = restore(net, lq, K, args.eta, args.seed)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sheet([restored]).save(target)
+        make_folder(target.parent, "--output")
+        with replacing(target) as part:
+            sheet([restored]).save(part, "PNG")
         pairs.append((lq.cpu(), restored.cpu()))
-    if not pairs:
+    if todo and not pairs:
         raise UserError(f"--input {args.input}: none of its {skipped} photos can be read")
-    if args.sheet:
+    if args.sheet and pairs:
         columns = [torch.cat(column) for column in zip(*pairs)]
         sheet(columns, max(1, SHEET_SIDE // net.config.size)).save(args.sheet)
     print(f"restored {len(pairs)} photos at {net.config.size} px to {args.output}"
-          + (f"; skipped {skipped}" if skipped else ""))
+          + (f"; skipped {skipped}" if skipped else "")
+          + (f"; kept {len(photos) - len(todo)} that were there already (--overwrite restores them "
+             "again)" if len(todo) < len(photos) else ""))
 
 
 def parser() -> argparse.ArgumentParser:

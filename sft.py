@@ -16,6 +16,7 @@ from torch import nn
 from model import MAX_GRAD_NORM, Diffusion
 from support.cli import setting
 from support.log import to_floats
+from support.optimise import optimiser_step
 
 
 @dataclass
@@ -36,8 +37,7 @@ class SFT:
         loss = self.diffusion.loss(self.net, *batch, self.generator).mean()
         self.optimizer.zero_grad()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
+        grad_norm = optimiser_step(self.optimizer, {"loss": loss}, MAX_GRAD_NORM)
         return to_floats({"loss": loss.detach(), "grad_norm": grad_norm})
 
 

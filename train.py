@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -25,21 +26,26 @@ from build import build_frm, build_method, frm_path, network
 from rewards import parse_rewards
 from settings import EMA_DECAY, METHODS, WARMUP, method_values, parse, resolve
 from sft import EMA
-from support.checkpoint import (check_folder, check_resume, load_tensors, pick_device, restore_run,
-                                run_state, save)
-from support.cli import UserError, run_main
+from support.checkpoint import (check_folder, check_resume, digest, load_run, locked, pick_device,
+                                restore_run, run_state, save)
+from support.cli import StopSignal, UserError, make_folder, run_main
 from support.data import Photos, loader
 from support.labels import read_labels
 from support.log import Log
 from support.lpips_reward import LPIPS
+from support.optimise import NotFinite, check_finite
 
 
 def train(run):
-    """Run one mode to its end: the loop that every method shares."""
-    out, device = Path(run.out), pick_device(run.device)
-    saved = load_tensors(out / "last.pt", "--resume") if run.resume else None
+    """Run one mode to its end. A run that is finished already is left as it is."""
+    out, device, frm = Path(run.out), pick_device(run.device), digest(frm_path(run))
+    frm = frm if run.mode in METHODS and "face" in parse_rewards(run.rewards) else None
+    saved = load_run(out / "last.pt", "--resume") if run.resume else None
     if saved:
-        check_resume(saved, run)
+        check_resume(saved, run, frm)
+        if saved["step"] >= run.steps:
+            return print(f"{run.mode}: {out} is finished, after {saved['step']} steps; with more "
+                         "--steps it goes on")
     torch.manual_seed(run.seed)             # for the first weights; everything else: `generator`
     generator = torch.Generator().manual_seed(run.seed)
     net = network(run, device)
@@ -50,51 +56,83 @@ def train(run):
     start, best = restore_run(saved, method, ema, generator) if saved else (0, -math.inf)
     metrics, _ = validate(ema.net)          # before the first step, and before anything is written
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "args.json").write_text(json.dumps(vars(run), indent=1) + "\n")
-    old = ["last.pt", "best.pt", "metrics.csv", "curves.png"]
-    for path in () if saved else [*map(out.joinpath, old), *out.glob("samples_??????.png")]:
-        path.unlink(missing_ok=True)        # --overwrite: no file of the old run may stay
-    log = Log(out / "metrics.csv", start)
-    log.rows = log.rows or [{"step": start, "seconds": 0.0, **metrics}]
-    print(plan(run, method.net, len(photos), start))
+    with locked(make_folder(out)), StopSignal() as signal:
+        def state(done, best, finished):
+            return run_state(vars(run), method, ema, generator, done, best, finished, frm)
+        save(out / "trial", state(0, best, False))      # a full disk is noticed now
+        (out / "trial").unlink()
+        old = ["last.pt", "best.pt", "metrics.csv", "curves.png"]
+        for path in () if saved else [*map(out.joinpath, old), *out.glob("samples_??????.png")]:
+            path.unlink(missing_ok=True)    # --overwrite: no file of the old run may stay
+        (out / "args.json").write_text(json.dumps(vars(run), indent=1) + "\n")
+        log = Log(out / "metrics.csv", start)
+        log.rows = log.rows or [{"step": start, "seconds": 0.0, **metrics}]
+        print(plan(run, method.net, len(photos), start))
+        loop(run, method, validate, ema, log, loader(
+            photos, run.batch_size, run.seed, range(start, run.steps), run.workers, device),
+            start, best, state, signal)
+
+
+def loop(run, method, validate, ema, log, batches, start, best, state, signal):
+    """The loop that every method shares: step, average, measure, save, until the end or a signal.
+    Raises UserError at the first number that is not finite; what is saved is from before."""
+    out, device = Path(run.out), next(method.net.parameters()).device
     earlier = spent = float(log.rows[-1]["seconds"])        # of training, before this call
     limit = math.inf if run.minutes is None else earlier + 60 * run.minutes
     clock = time.perf_counter()
-    batches = loader(photos, run.batch_size, run.seed, range(start, run.steps), run.workers, device)
     bar = tqdm(batches, run.mode, run.steps, initial=start, disable=None)
-    for step, batch in enumerate(bar, start):
+    for done, batch in enumerate(bar, start + 1):
         for group in method.optimizer.param_groups:
-            group["lr"] = run.lr * min(1, (step + 1) / WARMUP[run.mode])
-        stats = method.step([u.to(device, non_blocking=True) for u in batch])
-        ema.update(method.net)
-        done = step + 1
-        spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
-        if not all(math.isfinite(value) for value in stats.values()):
-            raise UserError(f"--lr {run.lr}: step {done} gave a number that is not finite; try a "
-                            f"lower --lr (the checkpoints in {out} are from before)")
-        stop, metrics = done == run.steps or spent > limit, {}
-        if done % run.every == 0 or stop:
-            metrics, picture = validate(ema.net)
-            score = metrics.get("heldout_reward", metrics.get("heldout_accuracy_restored"))
-            state = run_state(vars(run), method, ema, generator, done, max(best, score))
-            save(out / "last.pt", state)
-            if score > best:
-                best = score
-                save(out / "best.pt", state)
-            if picture:
-                picture.save(out / f"samples_{done:06d}.png")
+            group["lr"] = run.lr * min(1, done / WARMUP[run.mode])
+        try:
+            stats = method.step([u.to(device, non_blocking=True) for u in batch])
+            ema.update(method.net)
+            spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
+            finished = done == run.steps or spent > limit
+            stop, metrics = finished or signal.number, {}
+            if done % run.every == 0 or stop:
+                metrics, picture = validate(ema.net)
+                check_finite({name: torch.tensor(value) for name, value in metrics.items()})
+        except NotFinite as error:
+            log.write()
+            raise UserError(f"{run.mode}, step {done}: {error}; the step was not taken; try a "
+                            f"lower --lr (the checkpoints in {out} are from before)") from None
         log.rows.append({"step": done, "seconds": spent, **stats, **metrics})
         if metrics:
-            log.write()
+            score = metrics.get("heldout_reward", metrics.get("heldout_accuracy_restored"))
+            better, best = score > best, max(score, best)
+            log.write()                     # before last.pt, see support/log.py
+            if better:
+                save(out / "best.pt", state(done, best, finished))
+            save(out / "last.pt", state(done, best, finished))
             log.curves(out / "curves.png")
+            if picture:
+                picture.save(out / f"samples_{done:06d}.png")
             left = min((run.steps - done) * (spent - earlier) / (done - start), limit - spent)
             tqdm.write(f"{run.mode}: step {done} of {run.steps}, {max(left, 0):.0f} s left; "
                        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            warn_of_collapse(log, out)
         clock = time.perf_counter()         # measuring and saving are not training time
         if stop:
             break
+    if not finished:
+        print(f"{run.mode}: stopped at step {done} and saved; the same command with --resume "
+              "instead of --overwrite goes on")
+        sys.exit(128 + signal.number)
     print(f"{run.mode}: done after {spent:.0f} s of training; {out / 'last.pt'}")
+
+
+COLLAPSE = 1.0      # ours: dB of held-out PSNR below the start; no method at its defaults loses .5
+
+
+def warn_of_collapse(log: Log, out: Path):
+    """One line when the held-out PSNR is far below the start for two measurements."""
+    psnr = [float(row["heldout_psnr"]) for row in log.rows if row.get("heldout_psnr")]
+    low = [value < psnr[0] - COLLAPSE for value in psnr]
+    if low[-2:] == [True, True] and not all(low[-3:-2]):
+        tqdm.write(f"held-out PSNR is more than {COLLAPSE} dB below the start, twice: the reward "
+                   "is being hacked, or --lr is too high; give the likelihood more weight (lrpo: a "
+                   f"lower --fidelity_margin) and compare {out / 'best.pt'}")
 
 
 def plan(run, net, photos: int, start: int) -> str:
@@ -146,8 +184,8 @@ def demo(given: dict):
         raise UserError(f"--out {root}: holds {longer} already, which demo writes anew; "
                         "--overwrite it, or name another --out")
     for mode, run in runs.items():
-        if not run.resume or int(Log(root / mode / "metrics.csv").rows[-1]["step"]) < run.steps:
-            train(run)      # otherwise it was finished before
+        if not (run.resume and load_run(root / mode / "last.pt", "--resume")["finished"]):
+            train(run)
     # The baseline that any method must beat: supervised training for the same extra time.
     seconds = {mode: float(Log(root / mode / "metrics.csv").rows[-1]["seconds"]) for mode in modes}
     shutil.rmtree(longer, ignore_errors=True)

@@ -4,13 +4,24 @@ A checkpoint holds all that a run needs to go on exactly: the network and its av
 optimiser, the method's own state, the state of the random generator, the step and the arguments.
 The data need no state: batch n depends on the seed and n alone.
 """
+import hashlib
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from support.cli import UserError, is_blocked
 
+try:
+    import fcntl
+except ImportError:         # Windows: runs are not kept from one folder there
+    fcntl = None
+
+VERSION = 2     # of a checkpoint's fields
+FIELDS = {"step", "best", "finished", "frm", "config", "model", "ema", "ema_updates", "optimizer",
+          "method", "generator"}
+PLACES = ("data", "init", "frm_weights")        # arguments that name a file or folder
 # What may differ when a run goes on. Everything else would make it another run.
 FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite",
                   "workers", "lpips_weights", "clip_weights"}
@@ -30,21 +41,79 @@ def load_tensors(path, flag: str, remedy: str = "") -> dict:
                         f"({type(error).__name__}){remedy}") from None
 
 
+@contextmanager
+def replacing(path):
+    """A temporary path to write to, which is then renamed to `path`: a killed program never leaves
+    half a file. Raises UserError if it cannot be written; an older file at `path` stays whole."""
+    part = Path(f"{path}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # torch.save tells of a full disk by the latter
+        reason = getattr(error, "strerror", None) or "the disk is full, or not writable"
+        raise UserError(f"{path}: cannot be written ({reason}); what was there before is whole") \
+            from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save(path, state: dict):
-    """Write to a temporary name, then rename: a killed run never leaves half a checkpoint."""
-    part = f"{path}.part"
-    torch.save(state, part)
-    os.replace(part, path)
+    """Write a checkpoint. Raises UserError if that is not possible."""
+    with replacing(path) as part:
+        torch.save(state, part)
 
 
-def run_state(args: dict, method, ema, generator, step: int, best: float) -> dict:
-    """The checkpoint after `step` steps. Restoring a photo needs only `config` and `ema`."""
+@contextmanager
+def locked(folder: Path):
+    """Lets one run at a time write to `folder`. The system frees the lock when the run ends, in any
+    way. Raises UserError if another run holds it."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"--out {folder}: another run is writing to it; name another --out") \
+            from None
+    finally:
+        os.close(lock)
+
+
+def digest(path) -> str | None:
+    """What tells a file from any other, or None if there is no file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+
+
+def run_state(args: dict, method, ema, generator, step: int, best: float, finished: bool,
+              frm: str | None) -> dict:
+    """The checkpoint after `step` steps. Restoring a photo needs only `config` and `ema`. `frm` is
+    the digest of the face reward model that the run uses."""
     config = vars(method.net.config) if hasattr(method.net, "config") else {}
-    return {"mode": args["mode"], "step": step, "best": best, "args": args, "config": config,
+    return {"version": VERSION, "mode": args["mode"], "step": step, "best": best, "args": args,
+            "finished": finished, "frm": frm, "config": config,
             "model": method.net.state_dict(), "ema": ema.net.state_dict(),
             "ema_updates": ema.updates, "optimizer": method.optimizer.state_dict(),
             "method": method.state_dict() if hasattr(method, "state_dict") else {},
             "generator": generator.get_state()}
+
+
+def load_run(path, flag: str, remedy: str = "") -> dict:
+    """A checkpoint of train.py. Raises UserError if the file is missing, damaged, of another
+    program, or of another version of this one."""
+    state = load_tensors(path, flag, remedy)
+    if not isinstance(state, dict) or "mode" not in state or "args" not in state:
+        raise UserError(f"{flag} {path}: not a checkpoint of train.py; {remedy or 'name another'}")
+    if state.get("version") != VERSION or not FIELDS <= state.keys():
+        raise UserError(f"{flag} {path}: from another version of this program; train it again")
+    return state
+
+
+def check_finished(state: dict, path, flag: str):
+    """Raises UserError if the run of a checkpoint was stopped before its end."""
+    if not state["finished"]:
+        raise UserError(f"{flag} {path}: its run stopped at step {state['step']} of "
+                        f"{state['args']['steps']}; finish it with train.py --mode {state['mode']} "
+                        "--resume and the flags of before")
 
 
 def restore_run(saved: dict, method, ema, generator) -> tuple[int, float]:
@@ -69,17 +138,22 @@ def check_folder(run):
     if last.exists() and not run.resume and not run.overwrite:
         raise UserError(f"--out {run.out}: holds a run already; --resume it, --overwrite it, "
                         "or name another --out")
+    sft = Path(run.out).parent / "sft" / "last.pt"
+    for source in (run.init or (None if run.mode == "sft" else sft), run.frm_weights):
+        if source and Path(source).resolve() == last.resolve():
+            raise UserError(f"--out {run.out}: the run starts from the model in it, and would "
+                            "replace it; name another --out")
 
 
-def check_resume(saved: dict, run):
-    """Raises UserError where a run that goes on has other settings, or no step left to take."""
+def check_resume(saved: dict, run, frm: str | None):
+    """Raises UserError where a run that goes on has other settings or another reward model."""
     was, now = saved["args"], vars(run)
     for name in sorted({*was, *now} - FREE_ON_RESUME):
-        if was.get(name) != now.get(name):
-            raise UserError(f"--resume: {run.out} was run with --{name} {was.get(name)}, "
-                            f"not {now.get(name)}")
-    if saved["step"] >= run.steps:
-        raise UserError(f"--resume: {run.out} has done {saved['step']} steps; give more --steps")
+        a, b = was.get(name), now.get(name)
+        if a != b and not (name in PLACES and a and b and Path(a).resolve() == Path(b).resolve()):
+            raise UserError(f"--resume: {run.out} was run with --{name} {a}, not {b}")
+    if saved["frm"] != frm:
+        raise UserError(f"--resume: the face reward model is not the one that {run.out} began with")
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 """What all programs share on the command line: mistakes of the user, numbers, settings as flags."""
 import argparse
 import math
+import signal
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,31 @@ def run_main(main):
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        sys.exit("error: the memory is too small; try a smaller --batch_size or --size")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class StopSignal:
+    """Notes Ctrl-C and SIGTERM, so that a run can finish its step and save. The second one stops
+    the program at once. `number` is that of the signal, or 0."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        """Called at the signal."""
+        self.number = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def is_blocked(folder) -> bool:
@@ -53,6 +79,13 @@ policy_eta = number(float, 0.001, 1)            # ours: with eta = 0 a step has 
 seed_number = number(int, 0, 2 ** 32 - 2)       # 2^32 - 1 is the seed of the held-out degradations
 
 
+def name(text: str) -> str:
+    """An argparse type: any text but an empty one, which a shell makes of an unset variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def multiples(text: str) -> str:
     """An argparse type: whole numbers of 1 or more, with commas between them."""
     return ",".join(str(positive(item)) for item in text.split(","))
@@ -64,7 +97,7 @@ def setting(default, paper, meaning: str, **more):
     return field(default=default, metadata={"paper": paper, "meaning": meaning, **more})
 
 
-TYPES = {int: positive, float: amount, str: str}
+TYPES = {int: positive, float: amount, str: name}
 
 
 def settings_fields(dataclass) -> dict:

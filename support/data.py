@@ -10,7 +10,9 @@ Departs  - The upper ends of blur and downsampling are multiplied by (size / 512
 """
 import io
 import math
+import signal
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from support.cli import UserError
 from support.faces import draw_faces
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+MAX_PIXELS = 64_000_000     # ours: 8,000 x 8,000, which takes less than 1 GB to read
 MAX_HELD_OUT = 500      # ours: a steady mean, evaluated in minutes
 MAX_DRAWN = 1_000_000   # ours: drawn faces are held out from this number on
 BLUR_SIGMA, DOWN_FACTOR = (.1, 12.), (1., 12.)      # DiffBIR; sigma in pixels, both at 512 px
@@ -36,15 +38,21 @@ SIZE_POWER = 2 / 3      # ours: see above
 
 def find_photos(folder, flag="--data") -> list[Path]:
     """Photos in and below a folder, sorted by path, which gives the same order on every system.
-    Hidden files (macOS leaves ._x.jpg) are skipped. Raises UserError if there is no folder or no
-    photo."""
+    Hidden files (macOS leaves ._x.jpg) are skipped; other files are counted on stderr. Raises
+    UserError if there is no folder or no photo."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
-    photos = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
-              and "/." not in "/" + path.relative_to(folder).as_posix() and path.is_file()]
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = [path for path in folder.rglob("*") if path.is_file()
+             and "/." not in "/" + path.relative_to(folder).as_posix()]
+    photos = [path for path in files if path.suffix.lower() in known]
+    other = Counter(path.suffix for path in files if path.suffix.lower() not in known)
+    if other:
+        print(f"{flag} {folder}: no photos that Pillow reads:", ", ".join(
+            f"{n} {suffix or 'without suffix'}" for suffix, n in other.items()), file=sys.stderr)
     if not photos:
-        raise UserError(f"{flag} {folder}: no photo in it ({' '.join(SUFFIXES)})")
+        raise UserError(f"{flag} {folder}: no photo in it, such as .jpg, .png, .webp or .tif")
     return sorted(photos, key=Path.as_posix)
 
 
@@ -53,6 +61,10 @@ def read_photo(path, size: int) -> Tensor:
     square, resized by an antialiased Lanczos filter. Raises UserError if it cannot be read."""
     try:
         with Image.open(path) as im:
+            if im.width * im.height > MAX_PIXELS:
+                im.draft("RGB", (4 * size, 4 * size))       # a JPEG can be read at a smaller size
+            if im.width * im.height > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_PIXELS:,} pixels")
             im = ImageOps.exif_transpose(im)        # first: convert() may lose the EXIF tag
             if im.mode.startswith("I"):             # 16-bit grey, which convert() clips
                 im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
@@ -211,11 +223,17 @@ class Batches(Dataset):
         return train_batch(self.photos, self.batch_size, self.seed, step)
 
 
+def ignore_interrupt(worker: int):
+    """Ctrl-C reaches every process; only the main one acts on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def loader(photos: Photos, batch_size: int, seed: int, steps: range, workers: int, device):
     """The batches of `steps`, made by `workers` processes ahead of time, or here for 0. The result
     is the same for any number of workers."""
     return DataLoader(Batches(photos, batch_size, seed), batch_size=None, sampler=steps,
                       num_workers=workers, pin_memory=device.type == "cuda",
+                      worker_init_fn=ignore_interrupt,
                       generator=torch.Generator())      # else it draws from the global generator
 
 

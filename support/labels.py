@@ -72,13 +72,16 @@ def read_labels(path, size: int):
     UserError if the file cannot be used."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:     # Excel's files have a mark
-            table = csv.DictReader(file, restval="")
-            rows, named = list(table), table.fieldnames or []
+            text = file.read()
+        table = csv.DictReader(text.splitlines(), restval="",
+                               delimiter=";" if ";" in text.partition("\n")[0] else ",")
+        rows, named = list(table), table.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--labels {path}: known, svm, or a readable CSV file ({error})") from None
     if not {*COLUMNS[:3]} <= {*named}:
         raise UserError(f"--labels {path}: the first line must name {', '.join(COLUMNS[:3])}")
     for line, row in enumerate(rows, 2):
+        row["preferred"] = row["preferred"].strip().lower()
         if row["preferred"] not in ("a", "b", ""):
             raise UserError(f"--labels {path}, line {line}: preferred must be a, b or empty, not "
                             f"{row['preferred']!r}")

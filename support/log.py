@@ -7,6 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from support.checkpoint import replacing
+
 
 def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     """Scalars as plain numbers. One transfer serves all, so the device is waited for only once."""
@@ -14,7 +16,8 @@ def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
 
 
 class Log:
-    """The rows of metrics.csv. It is written with each checkpoint, so that the two agree."""
+    """The rows of metrics.csv. It is written before each checkpoint, so that it never lacks a row
+    that the checkpoint counts; later rows are dropped when a run goes on."""
 
     def __init__(self, path: Path, start: float = math.inf):
         """Reads the rows up to step `start` of a run that goes on; none for start = 0."""
@@ -29,7 +32,7 @@ class Log:
 
     def write(self):
         """Write all rows. A column that a row lacks stays empty there."""
-        with open(self.path, "w", newline="") as file:
+        with replacing(self.path) as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.names(), restval="")
             writer.writeheader()
             writer.writerows(self.rows)

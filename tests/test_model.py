@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler
 
 from model import Config, Diffusion, UNet, gaussian, load_restorer
 from sft import EMA
-from support.checkpoint import load_tensors, pick_device, save
+from support.checkpoint import FIELDS, VERSION, load_tensors, pick_device, save
 from support.cli import UserError
 
 TINY = dict(size=16, channels=8, mults=(1, 2), patch=2)
@@ -137,7 +137,9 @@ def test_ema_against_its_recurrence():
 def test_checkpoint_files(tmp_path):
     net = UNet(Config(**TINY))
     good = tmp_path / "good.pt"
-    save(good, {"config": vars(net.config), "ema": net.state_dict()})
+    state = dict.fromkeys(FIELDS, 0) | {"version": VERSION, "mode": "sft", "args": {}, "config":
+                                        vars(net.config), "ema": net.state_dict()}
+    save(good, state)
     again, _ = load_restorer(good)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
     assert [p.name for p in tmp_path.iterdir()] == ["good.pt"]
@@ -149,9 +151,19 @@ def test_checkpoint_files(tmp_path):
             load_tensors(path, "--ckpt")
     with pytest.raises(UserError, match="no such file"):
         load_restorer(tmp_path / "none.pt")
-    torch.save({"a": 1}, text)
-    with pytest.raises(UserError, match="not a restorer"):
-        load_restorer(text)
+    broken = {key: value.clone() for key, value in net.state_dict().items()}
+    broken["stem.bias"][0] = float("nan")
+    for content, message in (({"a": 1}, "not a checkpoint of train.py"), ([1], "not a checkpoint"),
+                             (state | {"version": 1}, "another version"),
+                             ({k: v for k, v in state.items() if k != "method"}, "another version"),
+                             (state | {"config": {}}, "not a restorer"),
+                             (state | {"config": {"size": "a"}}, "damaged"),
+                             (state | {"config": {"unknown": 1}}, "damaged"),
+                             (state | {"ema": {}}, "damaged"), (state | {"ema": 7}, "damaged"),
+                             (state | {"ema": broken}, "not finite")):
+        torch.save(content, text)
+        with pytest.raises(UserError, match=message):
+            load_restorer(text)
     with pytest.raises(UserError, match="--device nonsense"):
         pick_device("nonsense")
 

@@ -17,43 +17,14 @@ import evaluate
 import sample
 import settings
 import train
+from common import SMALL, quick_preset, run, same
 from frm import FaceRewardModel
 from rewards import CompositeReward
 from support.cli import UserError, settings_fields
 from tools import label_pairs
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--size", "16", "--channels", "8", "--mults", "1,2", "--batch_size", "4",
-         "--device", "cpu", "--ddim_steps", "3", "--every", "3"]
-
-
-def run(mode, out, *more, steps=3):
-    train.main(["--mode", mode, "--out", str(out), "--steps", str(steps), *SMALL, *more])
-    return torch.load(out / "last.pt", weights_only=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_work():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "VALIDATION", 8)
-        patch.setattr(build, "RESTORED_PAIRS", 8)
-        patch.setitem(settings.PRESETS, "tiny", quick_preset("offline"))
-        yield
-
-
-def quick_preset(rewards):
-    tiny = settings.PRESETS["tiny"] | {"group": 2, "faces": 24, "rewards": rewards}
-    return {name: value | {"steps": 3, "batch_size": 4, "every": 3} if isinstance(value, dict)
-            else value for name, value in tiny.items()}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with sft, frm and lrpo runs of three steps each; lrpo trains frm by itself."""
-    root = tmp_path_factory.mktemp("runs")
-    run("sft", root / "sft")
-    run("lrpo", root / "lrpo")
-    return root
+pytestmark = pytest.mark.usefixtures("little_work")
 
 
 def test_a_run_leaves_what_the_readme_says(runs):
@@ -69,21 +40,6 @@ def test_a_run_leaves_what_the_readme_says(runs):
     for name in ("reward", "ssim", "dwt", "face", "ratio_mean", "ratio_max", "clip_fraction",
                  "approx_kl", "equal_groups", "grad_norm", "heldout_psnr", "heldout_ssim"):
         float(rows[-1][name])
-
-
-def same(a, b, where=""):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for k in a:
-            same(a[k], b[k], f"{where}.{k}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            same(*pair, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 @pytest.mark.parametrize("mode", ["sft", "frm", "lrpo", "refl", "darl"])
@@ -219,23 +175,31 @@ def test_evaluate_and_sample(runs, tmp_path, capsys):
     assert (tmp_path / "alone" / "grey.png").read_bytes() == first      # alone or in a folder
 
 
-def test_sample_loses_nothing(tmp_path, runs):
-    for name in ("a.jpg", "a.png"):
-        Image.new("RGB", (20, 20)).save(tmp_path / name)
-    with pytest.raises(UserError, match="would both become"):
-        sample.outputs(tmp_path, tmp_path / "out")
-    (tmp_path / "a.jpg").unlink()
-    for same in (tmp_path, tmp_path / ".." / tmp_path.name):
-        with pytest.raises(UserError, match="would be lost"):
-            sample.outputs(tmp_path, same, overwrite=True)
-    (tmp_path / "photo").mkdir()
-    Image.new("RGB", (20, 20)).save(tmp_path / "photo" / "a.jpg")
-    with pytest.raises(UserError, match="would be lost"):
-        sample.outputs(tmp_path / "photo" / "a.jpg", tmp_path)      # a.png there is another photo
-    assert sample.outputs(tmp_path / "photo", tmp_path, overwrite=True)
+def test_sample_loses_nothing_and_goes_on(tmp_path, runs, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("a.jpg", "a.tif", "b.gif"):
+        Image.new("RGB", (20, 20)).save(photos / name)
+    (photos / "c.heic").write_text("not read")
+    names = {p.name for p in sample.outputs(photos, out).values()}
+    assert names == {"a.jpg.png", "a.tif.png", "b.png"}
+    assert ".heic" in capsys.readouterr().err
+    command = ["--ckpt", str(runs / "sft" / "last.pt"), "--input", str(photos), "--output", str(out)]
+    out.mkdir()
+    (out / "b.png").write_text("kept")
+    sample.main(sample.parser().parse_args(command))
+    assert {p.name for p in out.iterdir()} == names and (out / "b.png").read_text() == "kept"
+    assert "kept 1" in capsys.readouterr().out
+    sample.main(sample.parser().parse_args(command))        # nothing left to do
+    sample.main(sample.parser().parse_args([*command, "--overwrite"]))
+    assert Image.open(out / "b.png").size == (16, 16)
+    Image.new("RGB", (20, 20)).save(photos / "d.png")
+    for place in (photos, photos / ".." / "photos"):
+        with pytest.raises(UserError, match="would replace the photo"):
+            sample.outputs(photos, place)
     with pytest.raises(UserError, match="is a file"):
-        sample.outputs(tmp_path, tmp_path / "a.png")
-    for sheet in (tmp_path / "none" / "s.png", tmp_path / "s.txt", tmp_path / "a.png"):
+        sample.outputs(photos, photos / "a.jpg")
+    for sheet in (tmp_path / "none" / "s.png", tmp_path / "s.txt", photos / "d.png"):
         with pytest.raises(UserError, match="--sheet"):
             sample.check_sheet(sheet, overwrite=False)
 
@@ -299,9 +263,10 @@ MISTAKES = {
     "an unknown reward": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "beauty=1"], "beauty"),
     "no sft run": (["--mode", "lrpo"], "run --mode sft first"),
     "nothing to resume": (["--mode", "sft", "--resume"], "--resume"),
-    "nothing left to do": (["--mode", "sft", "--resume", "--out", "{runs}/sft"], "more --steps"),
-    "another mode's run": (["--mode", "frm", "--resume", "--init", "{sft}", "--out", "{runs}/sft"],
-                           "was run with --"),
+    "another mode's run": (["--mode", "refl", "--resume", "--init", "{sft}", "--out",
+                            "{runs}/lrpo"], "was run with --"),
+    "a run that would replace what it starts from": (["--mode", "lrpo", "--out", "{runs}/sft",
+                                                      "--overwrite"], "name another --out"),
     "step-wise rewards with a branch": (["--mode", "darl", "--init", "{sft}", "--stepwise", "on"],
                                         "--branch off"),
     "a late step beyond the first": (["--mode", "refl", "--init", "{sft}", "--refl_last", "4"],

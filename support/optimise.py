@@ -1,0 +1,32 @@
+"""One optimiser step that every method takes in the same way."""
+import math
+
+import torch
+from torch import Tensor
+
+from support.cli import UserError
+
+
+class NotFinite(UserError):
+    """A quantity of a training step is NaN or infinite. The step was not taken."""
+
+
+def optimiser_step(optimizer, metrics: dict[str, Tensor], max_norm: float = math.inf) -> Tensor:
+    """Clip the gradient to the norm `max_norm`, take a step, return the norm before clipping, ().
+
+    Raises NotFinite, and changes nothing, if the gradient is not finite. The message names those of
+    `metrics` that are not finite either, because they are where it began."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if not norm.isfinite():
+        check_finite(metrics)
+        raise NotFinite("the gradient is not finite")
+    optimizer.step()
+    return norm
+
+
+def check_finite(metrics: dict[str, Tensor]):
+    """Raises NotFinite with the names of those metrics that are not finite everywhere."""
+    names = [name for name, value in metrics.items() if not value.isfinite().all()]
+    if names:
+        raise NotFinite(f"{', '.join(names)}: not finite")
