@@ -59,7 +59,8 @@ def train(run):
     with locked(make_folder(out)), StopSignal() as signal:
         def state(done, best, finished):
             return run_state(vars(run), method, ema, generator, done, best, finished, frm)
-        save(out / "trial", state(0, best, False))      # a full disk is noticed now
+        moments = [torch.zeros(2, *p.shape) for p in method.net.parameters()]   # as AdamW's later
+        save(out / "trial", state(0, best, False) | {"moments": moments})       # a full disk: now
         (out / "trial").unlink()
         old = ["last.pt", "best.pt", "metrics.csv", "curves.png"]
         for path in () if saved else [*map(out.joinpath, old), *out.glob("samples_??????.png")]:

@@ -1,5 +1,6 @@
 """What all programs share on the command line: mistakes of the user, numbers, settings as flags."""
 import argparse
+import errno
 import math
 import signal
 import sys
@@ -13,11 +14,16 @@ class UserError(ValueError):
 
 
 def run_main(main):
-    """Run a program. A UserError ends it with its sentence and exit code 1."""
+    """Run a program. A UserError ends it with its sentence and exit code 1, and so do a disk that
+    cannot be written to and a memory that is too small."""
     try:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
