@@ -48,9 +48,6 @@ def network(run, device) -> UNet:
             setattr(run, name, has)         # for args.json
         net.train().requires_grad_(True)
     net.bf16 = run.bf16 == "on"
-    if run.compile and run.mode == "refl":
-        raise UserError("--compile: refl reads the output of every residual block, which a "
-                        "compiled network does not give; leave it out")
     if run.compile:
         net.compile()
     return net.to(device)

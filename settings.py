@@ -130,6 +130,9 @@ def parse(argv=None) -> dict:
         raise UserError("--init: demo trains its own sft; leave it out")
     if "data" in given and "faces" in given:
         raise UserError("--faces: --data has the photos; leave one of them out")
+    if "compile" in given and choice.mode == "refl":
+        raise UserError("--compile: refl reads the output of every residual block, which a "
+                        "compiled network does not give; leave it out")
     if "resume" in given and "overwrite" in given:
         raise UserError("--resume, --overwrite: give only one of them")
     if "fidelity_margin" in given and given.get("gt_weight", "auto") != "auto":
