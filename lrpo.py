@@ -30,7 +30,7 @@ from torch import Tensor
 from model import MAX_GRAD_NORM, Diffusion, gaussian
 from support.cli import at_least_two, policy_eta, setting, whole
 from support.log import to_floats
-from support.optimise import check_finite, optimiser_step
+from support.optimise import optimiser_step
 
 ADV_EPS = 1e-4              # LRPO's code: bounds the advantage where the rewards hardly differ
 ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
@@ -128,7 +128,7 @@ class LRPO:
 
     def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, settings):
         self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
-        self.settings, self.gt_weight = settings, settings.gt_weight
+        self.settings, self.gt_weight, self.scores = settings, settings.gt_weight, {}
         self.schedule = diffusion.schedule(settings.ddim_steps)
         D = 3 * net.config.size ** 2
         self.clip = default_clip(D) if settings.clip is None else settings.clip
@@ -191,7 +191,7 @@ class LRPO:
         restored, steps = self.rollout(lq)
         with torch.no_grad():
             R, terms = self.score(restored, gt)                         # (B,)
-            check_finite(terms)
+            self.scores = terms
             self.assign_advantages(steps, R.view(-1, G), self.step_weights(steps))
         n = self.settings.steps_per_update or len(steps)
         for k in range(self.settings.updates):
@@ -223,7 +223,7 @@ class LRPO:
             raise RuntimeError(f"the ratio is off 1 by {off.max():.1e} before any update: rollout "
                                "and update do not compute the same policy")
         metrics = {k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]}
-        grad_norm = optimiser_step(self.optimizer, metrics, MAX_GRAD_NORM)
+        grad_norm = optimiser_step(self.optimizer, self.scores | metrics, MAX_GRAD_NORM)
         return {**metrics, "grad_norm": grad_norm, "ratio_mean": ratio.mean(),
                 "ratio_max": ratio.max(), "clip_fraction": (off > self.clip).float().mean(),
                 "approx_kl": -ratio.log().mean()}       # E_old log(pi_old / pi), per dimension
