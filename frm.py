@@ -123,16 +123,19 @@ def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
     remedy = "train one with train.py --mode frm, or use --rewards ssim=.5,dwt=.5"
     source, state = f"--frm_weights {path}", load_tensors(path, "--frm_weights", remedy)
     ours = isinstance(state, dict) and state.get("mode") == "frm"
-    weights = state["ema"] if ours else isinstance(state, dict) and state.get("state_dict")
+    weights = state.get("ema") if ours else isinstance(state, dict) and state.get("state_dict")
     if not isinstance(weights, dict):
         raise UserError(f"{source}: not a checkpoint of --mode frm, nor a published one; {remedy}")
     if ours and "out.weight" in weights:
+        check_finished(load_run(path, "--frm_weights", remedy), path, "--frm_weights")
         if size not in (None, state["args"]["size"]):
             raise UserError(f"{source}: trained on {state['args']['size']} px, not {size} px; give "
                             "its --size, name another, or train anew (--mode frm --overwrite)")
-        check_finished(load_run(path, "--frm_weights", remedy), path, "--frm_weights")
         face = FaceRewardModel()
-        face.load_state_dict(weights)
+        try:
+            face.load_state_dict(weights)
+        except (RuntimeError, AttributeError):      # names or shapes that differ
+            raise UserError(f"{source}: a damaged checkpoint; {remedy}") from None
         return face
     if config is None:
         import open_clip

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.checkpoint import load_run
+from support.checkpoint import fits, load_run
 from support.cli import UserError
 
 MAX_GRAD_NORM = 1.0     # LRPO's code; for sft, lrpo, refl and darl, not for reward models
@@ -288,7 +288,7 @@ def load_restorer(path, device="cpu", flag: str = "--ckpt") -> tuple[UNet, dict]
     """The network with its averaged weights, and the whole checkpoint. Raises UserError naming
     `flag` if the file is not a restorer's, or cannot be used."""
     state = load_run(path, flag)
-    if not state["config"]:
+    if not fits(state["config"], {name: type(v) for name, v in vars(Config()).items()}):
         raise UserError(f"{flag} {path}: not a restorer's checkpoint of train.py")
     try:
         net = UNet(Config(**state["config"]))

@@ -19,8 +19,11 @@ except ImportError:         # Windows: runs are not kept from one folder there
     fcntl = None
 
 VERSION = 2     # of a checkpoint's fields
-FIELDS = {"step", "best", "finished", "frm", "config", "model", "ema", "ema_updates", "optimizer",
-          "method", "generator"}
+FIELDS = dict(mode=str, args=dict, step=int, best=float, finished=bool, frm=(str, type(None)),
+              config=dict, model=dict, ema=dict, ema_updates=int, optimizer=dict, method=dict,
+              generator=torch.Tensor)
+ARGUMENTS = dict(data=(str, type(None)), ddim_steps=int, faces=int, rewards=str, seed=int, size=int,
+                 steps=int)         # those that a program reads from a checkpoint
 PLACES = ("data", "init", "frm_weights")        # arguments that name a file or folder
 # What may differ when a run goes on. Everything else would make it another run.
 FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite",
@@ -103,9 +106,16 @@ def load_run(path, flag: str, remedy: str = "") -> dict:
     state = load_tensors(path, flag, remedy)
     if not isinstance(state, dict) or "mode" not in state or "args" not in state:
         raise UserError(f"{flag} {path}: not a checkpoint of train.py; {remedy or 'name another'}")
-    if state.get("version") != VERSION or not FIELDS <= state.keys():
+    if type(state.get("version")) is not int or state["version"] != VERSION:
         raise UserError(f"{flag} {path}: from another version of this program; train it again")
+    if not fits(state, FIELDS) or not fits(state["args"], ARGUMENTS) or state["step"] < 0:
+        raise UserError(f"{flag} {path}: a damaged checkpoint; train it again")
     return state
+
+
+def fits(values: dict, kinds: dict) -> bool:
+    """Whether `values` has every name in `kinds`, with a value of that kind."""
+    return all(name in values and isinstance(values[name], kind) for name, kind in kinds.items())
 
 
 def check_finished(state: dict, path, flag: str):
@@ -117,14 +127,19 @@ def check_finished(state: dict, path, flag: str):
 
 
 def restore_run(saved: dict, method, ema, generator) -> tuple[int, float]:
-    """Undo `run_state`: everything as it was. Returns the next step and the best score so far."""
-    method.net.load_state_dict(saved["model"])
-    ema.net.load_state_dict(saved["ema"])
-    ema.updates = saved["ema_updates"]
-    method.optimizer.load_state_dict(saved["optimizer"])
-    if saved["method"]:
-        method.load_state_dict(saved["method"])
-    generator.set_state(saved["generator"])
+    """Undo `run_state`: everything as it was. Returns the next step and the best score so far.
+    Raises UserError if the state does not fit."""
+    try:
+        method.net.load_state_dict(saved["model"])
+        ema.net.load_state_dict(saved["ema"])
+        ema.updates = saved["ema_updates"]
+        method.optimizer.load_state_dict(saved["optimizer"])
+        if saved["method"]:
+            method.load_state_dict(saved["method"])
+        generator.set_state(saved["generator"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--resume: the checkpoint does not fit this run ({reason})") from None
     return saved["step"], saved["best"]
 
 
@@ -150,7 +165,9 @@ def check_resume(saved: dict, run, frm: str | None):
     was, now = saved["args"], vars(run)
     for name in sorted({*was, *now} - FREE_ON_RESUME):
         a, b = was.get(name), now.get(name)
-        if a != b and not (name in PLACES and a and b and Path(a).resolve() == Path(b).resolve()):
+        if name in PLACES and a and b:
+            a, b = Path(a).resolve(), Path(b).resolve()
+        if repr(a) != repr(b):
             raise UserError(f"--resume: {run.out} was run with --{name} {a}, not {b}")
     if saved["frm"] != frm:
         raise UserError(f"--resume: the face reward model is not the one that {run.out} began with")

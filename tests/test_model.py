@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler
 
 from model import Config, Diffusion, UNet, gaussian, load_restorer
 from sft import EMA
-from support.checkpoint import FIELDS, VERSION, load_tensors, pick_device, save
+from support.checkpoint import ARGUMENTS, VERSION, load_tensors, pick_device, save
 from support.cli import UserError
 
 TINY = dict(size=16, channels=8, mults=(1, 2), patch=2)
@@ -137,8 +137,11 @@ def test_ema_against_its_recurrence():
 def test_checkpoint_files(tmp_path):
     net = UNet(Config(**TINY))
     good = tmp_path / "good.pt"
-    state = dict.fromkeys(FIELDS, 0) | {"version": VERSION, "mode": "sft", "args": {}, "config":
-                                        vars(net.config), "ema": net.state_dict()}
+    args = dict.fromkeys(ARGUMENTS, 0) | {"data": None, "rewards": ""}
+    state = {"version": VERSION, "mode": "sft", "args": args, "step": 1,
+             "best": 0.5, "finished": True, "frm": None, "config": vars(net.config), "model": {},
+             "ema": net.state_dict(), "ema_updates": 1, "optimizer": {}, "method": {},
+             "generator": torch.zeros(1)}
     save(good, state)
     again, _ = load_restorer(good)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
@@ -155,11 +158,13 @@ def test_checkpoint_files(tmp_path):
     broken["stem.bias"][0] = float("nan")
     for content, message in (({"a": 1}, "not a checkpoint of train.py"), ([1], "not a checkpoint"),
                              (state | {"version": 1}, "another version"),
-                             ({k: v for k, v in state.items() if k != "method"}, "another version"),
+                             ({k: v for k, v in state.items() if k != "method"}, "damaged"),
                              (state | {"config": {}}, "not a restorer"),
-                             (state | {"config": {"size": "a"}}, "damaged"),
-                             (state | {"config": {"unknown": 1}}, "damaged"),
+                             (state | {"config": {"size": "a"}}, "not a restorer"),
+                             (state | {"config": vars(net.config) | {"unknown": 1}},
+                              "damaged"),
                              (state | {"ema": {}}, "damaged"), (state | {"ema": 7}, "damaged"),
+                             (state | {"args": {"size": 16}}, "damaged"),
                              (state | {"ema": broken}, "not finite")):
         torch.save(content, text)
         with pytest.raises(UserError, match=message):
