@@ -48,7 +48,7 @@ class Config:
         unit = self.patch * 2 ** (len(self.mults) - 1)
         if self.channels < 4 or self.channels % 4:
             raise UserError(f"--channels must be a multiple of 4, not {self.channels}")
-        if self.size % unit:
+        if self.size < unit or self.size % unit:
             raise UserError(f"--size {self.size}: must be a multiple of {unit} for this network")
 
 
