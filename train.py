@@ -140,7 +140,7 @@ def plan(run, net, photos: int, start: int) -> str:
     """What a run will do, in one line."""
     size = sum(p.numel() for p in net.parameters()) / 1e6
     text = (f"{run.mode}: {photos:,} training photos of {run.size} px, {size:.2f} M parameters, "
-            f"steps {start} to {run.steps} of {run.batch_size} images")
+            f"from step {start} to {run.steps:,}, {run.batch_size} images each")
     if run.mode in ("lrpo", "darl"):
         text += f" x {run.group} restorations of {run.ddim_steps} DDIM steps"
     if run.mode in METHODS:

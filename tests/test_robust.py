@@ -28,7 +28,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
                "--faces", "24", *SMALL, "--every", "100000", "--steps", "100000"]
     child = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT,
                              stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    assert "steps 0 to" in child.stdout.readline()
+    assert "from step 0 to" in child.stdout.readline()
     time.sleep(0.5)
     child.send_signal(number)
     out, err = child.communicate(timeout=60)
