@@ -58,7 +58,8 @@ def nearest_width(package: str, channels: int, target: int) -> tuple[int, int]:
 
 def networks(args) -> dict:
     """Our network and the peers that are installed, by name, width and number of parameters."""
-    print("not installed and left out:", [name for name in PEERS if not util.find_spec(name)])
+    for name in (name for name in PEERS if not util.find_spec(name)):
+        print(f"{name} is not installed and left out (tools/requirements.txt)")
     ours = UNet(Config(args.size, args.channels, patch=args.patch)).to(args.device)
     ours.bf16, target = args.bf16, sum(p.numel() for p in ours.parameters())
     nets = {f"ours, width {args.channels}, {target:,} parameters": ours}
