@@ -137,10 +137,12 @@ def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
         except (RuntimeError, AttributeError):      # names or shapes that differ
             raise UserError(f"{source}: a damaged checkpoint; {remedy}") from None
         return face
+    weights = {name.removeprefix("clip."): v for name, v in weights.items()}
+    if "visual.proj" not in weights:        # before ViT-H-14 takes 4 GB
+        raise UserError(f"{source}: not a face reward model; {remedy}")
     if config is None:
         import open_clip
         config = open_clip.get_model_config(CLIP_ARCHITECTURE)
-    weights = {name.removeprefix("clip."): v for name, v in weights.items()}
     return ClipFaceRewardModel(build_clip(config, weights, source))
 
 
