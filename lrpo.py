@@ -191,7 +191,7 @@ class LRPO:
         restored, steps = self.rollout(lq)
         with torch.no_grad():
             R, terms = self.score(restored, gt)                         # (B,)
-            self.scores = terms
+            self.scores = terms         # named by `optimiser_step` if one is not finite
             self.assign_advantages(steps, R.view(-1, G), self.step_weights(steps))
         n = self.settings.steps_per_update or len(steps)
         for k in range(self.settings.updates):

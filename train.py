@@ -93,11 +93,11 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
             stop, metrics = finished or signal.number, {}
             if done % run.every == 0 or stop:
                 metrics, picture = validate(ema.net)
-                check_finite({name: torch.tensor(value) for name, value in metrics.items()})
+            check_finite({name: torch.tensor(v) for name, v in (stats | metrics).items()})
         except NotFinite as error:
             log.write()
-            raise UserError(f"{run.mode}, step {done}: {error}; the step was not taken; try a "
-                            f"lower --lr (the checkpoints in {out} are from before)") from None
+            raise UserError(f"{run.mode}, step {done}: {error}; try a lower --lr (what is saved in "
+                            f"{out} is from before)") from None
         log.rows.append({"step": done, "seconds": spent, **stats, **metrics})
         if metrics:
             score = metrics.get("heldout_reward", metrics.get("heldout_accuracy_restored"))
@@ -192,8 +192,8 @@ def demo(given: dict):
     shutil.rmtree(longer, ignore_errors=True)
     shutil.copytree(root / "sft", longer)
     extra = seconds.get("frm", 0) + max(seconds[mode] for mode in methods)
-    go_on = dict(out=str(longer), resume=True, overwrite=False, minutes=extra / 60, steps=10 ** 6)
-    train(argparse.Namespace(**vars(runs["sft"]) | go_on))
+    train(argparse.Namespace(**vars(runs["sft"]) | dict(
+        out=str(longer), resume=True, overwrite=False, minutes=extra / 60, steps=10 ** 6)))
     ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *methods]]
     flags = ["--out", str(root / "evaluation"), "--frontier", "--ckpt", *ckpts]
     for name in ("rewards", "device", "lpips_net", "lpips_weights", "clip_weights", "frm_weights",

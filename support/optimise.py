@@ -8,14 +8,14 @@ from support.cli import UserError
 
 
 class NotFinite(UserError):
-    """A quantity of a training step is NaN or infinite. The step was not taken."""
+    """A quantity of a training step is NaN or infinite."""
 
 
 def optimiser_step(optimizer, metrics: dict[str, Tensor], max_norm: float = math.inf) -> Tensor:
     """Clip the gradient to the norm `max_norm`, take a step, return the norm before clipping, ().
 
     Raises NotFinite, and changes nothing, if the gradient is not finite. The message names those of
-    `metrics` that are not finite either, because they are where it began."""
+    `metrics`, of any shape, that are not finite: there it began."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     if not norm.isfinite():
@@ -26,7 +26,7 @@ def optimiser_step(optimizer, metrics: dict[str, Tensor], max_norm: float = math
 
 
 def check_finite(metrics: dict[str, Tensor]):
-    """Raises NotFinite with the names of those metrics that are not finite everywhere."""
+    """Raises NotFinite with the names of those metrics, of any shape, that are not finite."""
     names = [name for name, value in metrics.items() if not value.isfinite().all()]
     if names:
         raise NotFinite(f"{', '.join(names)}: not finite")

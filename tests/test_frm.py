@@ -43,7 +43,7 @@ def test_artefacts_are_noise_or_a_colour_cast_of_random_strength():
 
 
 def test_the_reward_model_is_not_fooled_by_noise_or_casts(monkeypatch):
-    """Blurred against sharp alone teaches that noise is detail; pairs with artefacts teach otherwise."""
+    """Blurred against sharp alone teaches that noise is detail; artefacts teach otherwise."""
     torch.manual_seed(0)
     monkeypatch.setattr("frm.graded", lambda gt, _: (gt, torch.nn.functional.avg_pool2d(
         gt, 3, 1, 1)))      # the real one takes most of the time
@@ -53,7 +53,8 @@ def test_the_reward_model_is_not_fooled_by_noise_or_casts(monkeypatch):
     spoilt = {"noise": held + 40 / 255 * torch.randn(held.shape), "cast": held + torch.tensor(
         [0.2, 0.0, -0.2]).view(3, 1, 1)}
     face = FaceRewardModel()
-    training = FaceRewardTraining(face, torch.Generator().manual_seed(0), FRMSettings(lr=2e-3), lq, gt)
+    training = FaceRewardTraining(face, torch.Generator().manual_seed(0),
+                                  FRMSettings(lr=2e-3), lq, gt)
     for i in range(80):
         training.step((lq[i % 3::3], gt[i % 3::3]))
     with torch.no_grad():
@@ -66,7 +67,8 @@ def test_face_reward_model_learns_to_order_pairs():
     gt = torch.cat([images(s, n=16) for s in range(4)]).clamp(-1, 1)
     lq = torch.nn.functional.avg_pool2d(gt, 3, 1, 1)
     face = FaceRewardModel()
-    training = FaceRewardTraining(face, torch.Generator().manual_seed(0), FRMSettings(lr=1e-3), lq, gt)
+    training = FaceRewardTraining(face, torch.Generator().manual_seed(0),
+                                  FRMSettings(lr=1e-3), lq, gt)
     for _ in range(30):
         stats = training.step((lq[:16], gt[:16]))
     assert stats["accuracy_degraded"] > 0.95 and stats["accuracy_restored"] > 0.9
@@ -132,7 +134,8 @@ def test_the_papers_model_learns_and_its_run_is_read_back(published, tmp_path):
     kept = face.clip.token_embedding.weight.clone()
     gt = images(0, n=8).clamp(-1, 1)
     lq = torch.nn.functional.avg_pool2d(gt, 3, 1, 1)
-    training = FaceRewardTraining(face, torch.Generator().manual_seed(0), FRMSettings(lr=1e-3), lq, gt)
+    training = FaceRewardTraining(face, torch.Generator().manual_seed(0),
+                                  FRMSettings(lr=1e-3), lq, gt)
     first, *_, last = [training.step((lq, gt))["loss"] for _ in range(8)]
     assert last < first and torch.equal(face.clip.token_embedding.weight, kept)
     torch.save({"mode": "frm", "ema": face.state_dict()}, tmp_path / "last.pt")
