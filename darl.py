@@ -28,7 +28,7 @@ from torch import Tensor
 
 from steered import BranchedLRPO, BranchedSettings, gaussian_kl
 from support.cli import UserError, setting, share
-from support.log import to_floats
+from support.ranks import gather
 
 MEAN_DECAY = 0.95       # ours: a running mean over about twenty rollouts, as the policy improves
 
@@ -95,9 +95,10 @@ class DARL(BranchedLRPO):
         """As LRPO.score. Side effect: keeps the difficulty and lambda of each image, (P,) each, for
         `loss`, and gt for `assign_advantages`."""
         self.gt, self.d = gt, self.difficulty(restored, gt)                     # d: (P,)
-        self.mean = self.d.mean() if self.mean is None else self.mean
+        mean = gather(self.d).mean()                                            # over all ranks
+        self.mean = mean if self.mean is None else self.mean
         self.blend_weights = blend_weight(self.d / self.mean, self.settings.blend)      # (P,)
-        self.mean = self.mean.lerp(self.d.mean(), 1 - MEAN_DECAY)
+        self.mean = self.mean.lerp(mean, 1 - MEAN_DECAY)
         return super().score(restored, gt)
 
     def assign_advantages(self, steps, rewards: Tensor, weights: Tensor):
@@ -125,14 +126,12 @@ class DARL(BranchedLRPO):
             loss = loss + settings.kl_weight * terms["kl"]
         return loss, {"pg_loss": rl, "sft_loss": sft, **terms}
 
-    def step(self, batch) -> dict[str, float]:
-        """As LRPO.step. The metrics also hold difficulty and lambda, their mean and standard
+    def improve(self, batch) -> dict[str, Tensor]:
+        """As LRPO.improve. The metrics also hold difficulty and lambda, their mean and standard
         deviation over the images."""
-        stats = super().step(batch)
-        d, lam = self.d, self.blend_weights
-        return stats | to_floats({
-            "difficulty": d.mean(), "difficulty_std": d.std(correction=0),
-            "lambda": lam.mean(), "lambda_std": lam.std(correction=0)})
+        stats, d, lam = super().improve(batch), self.d, self.blend_weights
+        return stats | {"difficulty": d.mean(), "difficulty_std": d.std(correction=0),
+                        "lambda": lam.mean(), "lambda_std": lam.std(correction=0)}
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside network and optimiser."""

@@ -31,10 +31,12 @@ from model import MAX_GRAD_NORM, Diffusion, gaussian
 from support.cli import at_least_two, policy_eta, setting, whole
 from support.log import to_floats
 from support.optimise import optimiser_step
+from support.ranks import gather, share
 
 ADV_EPS = 1e-4              # LRPO's code: bounds the advantage where the rewards hardly differ
 ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
-TRUST = 1.64                # LRPO's code: its clip range times its D, 1e-4 * 4*64*64
+TRUST = 1.64                # LRPO's code: its clip range times its D, 1e-4 * 4*64*64. The ratio is
+#                             a geometric mean over D, so that TRUST / D suits every size (ours)
 GT_TEMPERATURE = 40.0       # LRPO's code: L_gt = 1 - exp(log pi / 40)
 MIN_STD = 1e-6              # ours: below it the float32 rewards of a group count as equal
 RATIO_SLACK, BF16_SLACK = 1e-5, 1e-3    # ours: another order of summation moves it by 2e-7, 2e-4
@@ -58,12 +60,6 @@ class LRPOSettings:
     pg_weight: float = setting(1.0, 1.0, "weight of the policy gradient")
     gt_weight: float = setting(0.001, 0.001, "weight of the ground-truth likelihood; 0: off")
     gt_last: int = setting(0, 5, "likelihood on the last n trained steps (0: on all)", type=whole)
-
-
-def default_clip(D: int) -> float:
-    """Clip range for D = 3HW values: the ratio is a geometric mean over D, so that 1.64 / D keeps
-    the published trust region at every size (ours)."""
-    return TRUST / D
 
 
 def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
@@ -130,8 +126,7 @@ class LRPO:
         self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
         self.settings, self.gt_weight, self.scores = settings, settings.gt_weight, {}
         self.schedule = diffusion.schedule(settings.ddim_steps)
-        D = 3 * net.config.size ** 2
-        self.clip = default_clip(D) if settings.clip is None else settings.clip
+        self.clip = TRUST / (3 * net.config.size ** 2) if settings.clip is None else settings.clip
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, fused=True)
 
     def policy(self, x: Tensor, lq: Tensor, t: int, s: int):
@@ -164,7 +159,7 @@ class LRPO:
 
     def assign_advantages(self, steps: list[Transition], rewards: Tensor, weights: Tensor):
         """A_{i,t} = clip(A_i w_t), from one reward for each trajectory: rewards (P, G)."""
-        A = group_advantages(rewards, self.settings.adv_std).flatten()  # (B,)
+        A = share(group_advantages(gather(rewards), self.settings.adv_std)).flatten()   # (B,)
         for step, w in zip(steps, weights):
             step.advantage = (A * w).clamp(-ADV_CLIP, ADV_CLIP)
 
@@ -185,7 +180,17 @@ class LRPO:
                 {"pg_loss": pg.mean(), "gt_loss": likelihood})
 
     def step(self, batch) -> dict[str, float]:
-        """One rollout and its updates. batch = (lq, gt), each (P, 3, H, W). Returns the metrics."""
+        """One rollout and its updates. batch = (lq, gt), each (P, 3, H, W). Returns the metrics.
+        Raises RuntimeError if the ratio was not 1 at the first update: then rollout and update do
+        not compute the same policy."""
+        stats = to_floats(self.improve(batch))
+        off, slack = stats["first_off_max"], BF16_SLACK if self.net.bf16 else RATIO_SLACK
+        if off > slack:
+            raise RuntimeError(f"the ratio is off 1 by {off:.1e} before any update")
+        return stats
+
+    def improve(self, batch) -> dict[str, Tensor]:
+        """The work of `step`. The metrics are scalar tensors, so that a GPU is not waited for."""
         G = self.settings.group
         lq, gt = (u.repeat_interleave(G, dim=0) for u in batch)         # (B, 3, H, W)
         restored, steps = self.rollout(lq)
@@ -194,37 +199,32 @@ class LRPO:
             self.scores = terms         # named by `optimiser_step` if one is not finite
             self.assign_advantages(steps, R.view(-1, G), self.step_weights(steps))
         n = self.settings.steps_per_update or len(steps)
-        for k in range(self.settings.updates):
-            seen = []
-            for i in range(0, len(steps), n):
-                seen.append(self.update(steps[i:i + n], lq, gt, k == i == 0))
+        seen = [[self.update(steps[i:i + n], lq, gt) for i in range(0, len(steps), n)]
+                for _ in range(self.settings.updates)]                  # a list for each pass
+        first, last = seen[0][0]["ratio"], seen[-1]
+        ratio = torch.cat([u.pop("ratio") for u in last])               # (n, B), the last pass
         std = R.view(-1, G).std(dim=1, correction=0)                    # (P,)
-        return to_floats({      # `seen` holds the last pass over the rollout
-            "reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
-            "reward_std": std.mean(), "equal_groups": (std < MIN_STD).float().mean(),
-            **{k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]},
-            "ratio_max": torch.stack([u["ratio_max"] for u in seen]).max()})
+        return {"reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
+                "reward_std": std.mean(), "equal_groups": (std < MIN_STD).float().mean(),
+                **{k: torch.stack([u[k] for u in last]).mean() for k in last[0]},
+                "first_off_max": (first - 1).abs().max(),
+                "ratio_mean": ratio.mean(), "ratio_max": ratio.max(),
+                "clip_fraction": ((ratio - 1).abs() > self.clip).float().mean(),
+                "approx_kl": -ratio.log().mean()}       # E_old log(pi_old / pi), per dimension
 
-    def update(self, steps: list[Transition], lq: Tensor, gt: Tensor, first: bool):
-        """One optimiser step on the mean loss of `steps`. Raises RuntimeError if the ratio is not 1
-        at the first update: then rollout and update do not compute the same policy."""
+    def update(self, steps: list[Transition], lq: Tensor, gt: Tensor) -> dict[str, Tensor]:
+        """One optimiser step on the mean loss of `steps`. Returns the terms of the loss, scalars,
+        and the ratio (n, B) before it."""
         self.optimizer.zero_grad()
-        seen = []
+        seen, ratios = [], []
         for step in steps:
             mu, sigma, _ = self.policy(step.x, lq, step.t, step.s)
             log_prob = gaussian_log_prob(step.action, mu, sigma)                # (B,)
             pg, ratio = clipped_loss(log_prob, step.log_prob, step.advantage, self.clip)
             loss, terms = self.loss(step, lq, gt, mu, sigma, pg)
             (loss / len(steps)).backward()
-            seen.append({k: v.detach() for k, v in terms.items()} | {"ratio": ratio.detach()})
-        ratio = torch.stack([u.pop("ratio") for u in seen])                     # (n, B)
-        off, slack = (ratio - 1).abs(), BF16_SLACK if self.net.bf16 else RATIO_SLACK    # (n, B)
-        if first and off.max() > slack:
-            raise RuntimeError(f"the ratio is off 1 by {off.max():.1e} before any update: rollout "
-                               "and update do not compute the same policy")
+            seen.append({k: v.detach() for k, v in terms.items()})
+            ratios.append(ratio.detach())
         metrics = {k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]}
         grad_norm = optimiser_step(self.optimizer, self.scores | metrics, MAX_GRAD_NORM)
-        return {**metrics, "grad_norm": grad_norm, "ratio_mean": ratio.mean(),
-                "ratio_max": ratio.max(), "clip_fraction": (off > self.clip).float().mean(),
-                "approx_kl": -ratio.log().mean()}       # E_old log(pi_old / pi), per dimension
-
+        return {**metrics, "grad_norm": grad_norm, "ratio": torch.stack(ratios)}

@@ -26,6 +26,7 @@ from lrpo import LRPO, LRPOSettings, Transition, gaussian_log_prob
 from model import EVAL_ETA, gaussian
 from rewards import psnr
 from support.cli import UserError, amount, setting
+from support.ranks import alone, gather
 
 FIRST_WEIGHT = 5.0          # ours: steering ends at about 7 at 32 px, at .5 to 4 at 64 px
 PROPORTIONAL = 8.0          # ours: per dB; .1 dB below the target multiplies the weight by 2.2
@@ -138,25 +139,32 @@ class SteeredLRPO(BranchedLRPO):
         return -gaussian_kl(mu_gt, mu, sigma)
 
     @torch.no_grad()
-    def fidelity_gap(self, lq: Tensor, gt: Tensor) -> float:
-        """Mean PSNR of the policy minus that of the reference policy, in dB. Both restore the first
-        images of a batch (P, 3, H, W) from the same noise."""
-        lq, gt = lq[:GAP_IMAGES], gt[:GAP_IMAGES]
+    def fidelity_gap(self, lq: Tensor, gt: Tensor) -> Tensor:
+        """Mean PSNR of the policy minus that of the reference policy, in dB, a scalar. Both restore
+        the first images of a batch (P, 3, H, W), that of all ranks, from the same noise."""
+        lq, gt = (gather(u)[:GAP_IMAGES] for u in (lq, gt))             # (<= 16, 3, H, W)
         noise, scores = self.generator.get_state(), []
         for net in (self.net, self.reference):
             self.generator.set_state(noise)
-            x = self.diffusion.sample(net, lq, len(self.schedule), EVAL_ETA, self.generator)
+            with alone():
+                x = self.diffusion.sample(net, lq, len(self.schedule), EVAL_ETA, self.generator)
             scores.append(psnr(x, gt))                                  # (<= 16,)
-        return (scores[0] - scores[1]).mean().item()
+        return (scores[0] - scores[1]).mean()
+
+    def improve(self, batch) -> dict[str, Tensor]:
+        """As LRPO.improve, and with gt_weight auto the policy's lead in PSNR after it."""
+        stats = super().improve(batch)
+        auto = self.settings.gt_weight == "auto"
+        return stats | ({"fidelity_gap": self.fidelity_gap(*batch)} if auto else {})
 
     def step(self, batch) -> dict[str, float]:
         """LRPO's step. With gt_weight auto the multiplier gives the weight and is updated."""
         if self.settings.gt_weight != "auto":
             return super().step(batch)
         self.gt_weight = self.multiplier.weight
-        stats, gap = super().step(batch), self.fidelity_gap(*batch)
-        self.multiplier.update(gap)
-        return stats | {"gt_weight": self.gt_weight, "fidelity_gap": gap}
+        stats = super().step(batch)
+        self.multiplier.update(stats["fidelity_gap"])
+        return stats | {"gt_weight": self.gt_weight}
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside network and optimiser."""

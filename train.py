@@ -3,6 +3,7 @@
     python train.py --mode demo                         drawn faces, two CPU cores, minutes
     python train.py --mode sft                          then:
     python train.py --mode lrpo                         starts from runs/sft/last.pt
+    torchrun --nproc_per_node 2 train.py --mode sft     the same run on two GPUs or processes
 
 A run's folder is --out (default runs/MODE). What it starts from is looked for beside that folder:
 with --out X/lrpo, X/sft/last.pt and X/frm/last.pt. A method is a class with `net`, `optimizer` and
@@ -16,6 +17,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -34,10 +36,21 @@ from support.labels import read_labels
 from support.log import Log
 from support.lpips_reward import LPIPS
 from support.optimise import NotFinite, check_finite
+from support.ranks import alone, check_batch, first, join, largest, place, wait
 
 
 def train(run):
-    """Run one mode to its end. A run that is finished already is left as it is."""
+    """Run one mode to its end. A run that is finished already is left as it is. Under torchrun rank
+    0 writes. The face reward model is so small that every rank trains all of it."""
+    wait()                                  # until every rank has seen what there was before
+    with alone(run.mode == "frm"):
+        check_batch(run.batch_size)
+        train_here(run)
+    wait()                                  # for what rank 0 writes
+
+
+def train_here(run):
+    """What each rank does of `train`."""
     out, device, frm = Path(run.out), pick_device(run.device), digest(frm_path(run))
     frm = frm if run.mode in METHODS and "face" in parse_rewards(run.rewards) else None
     saved = load_run(out / "last.pt", "--resume") if run.resume else None
@@ -56,22 +69,28 @@ def train(run):
     start, best = restore_run(saved, method, ema, generator) if saved else (0, -math.inf)
     metrics, _ = validate(ema.net)          # before the first step, and before anything is written
 
-    with locked(make_folder(out)), StopSignal() as signal:
-        def state(done, best, finished):
-            return run_state(vars(run), method, ema, generator, done, best, finished, frm)
-        moments = [torch.zeros(2, *p.shape) for p in method.net.parameters()]   # as AdamW's later
-        save(out / "trial", state(0, best, False) | {"moments": moments})       # a full disk: now
-        (out / "trial").unlink()
-        old = ["last.pt", "best.pt", "metrics.csv", "curves.png"]
-        for path in () if saved else [*map(out.joinpath, old), *out.glob("samples_??????.png")]:
-            path.unlink(missing_ok=True)    # --overwrite: no file of the old run may stay
-        (out / "args.json").write_text(json.dumps(vars(run), indent=1) + "\n")
+    def state(done, best, finished):
+        return run_state(vars(run), method, ema, generator, done, best, bool(finished), frm)
+    with locked(make_folder(out)) if first() else nullcontext(), StopSignal() as signal:
+        if first():
+            prepare(out, run, method.net, state(0, best, False))
         log = Log(out / "metrics.csv", start)
         log.rows = log.rows or [{"step": start, "seconds": 0.0, **metrics}]
         print(plan(run, method.net, len(photos), start))
         loop(run, method, validate, ema, log, loader(
             photos, run.batch_size, run.seed, range(start, run.steps), run.workers, device),
             start, best, state, signal)
+
+
+def prepare(out: Path, run, net, state: dict):
+    """Try the disk, and leave no file of an older run. Raises UserError if the disk is full."""
+    moments = [torch.zeros(2, *p.shape) for p in net.parameters()]          # as AdamW's later
+    save(out / "trial", state | {"moments": moments})
+    (out / "trial").unlink()
+    old = [out / name for name in ("last.pt", "best.pt", "metrics.csv", "curves.png")]
+    for path in () if run.resume else [*old, *out.glob("samples_??????.png")]:
+        path.unlink(missing_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(run), indent=1) + "\n")
 
 
 def loop(run, method, validate, ema, log, batches, start, best, state, signal):
@@ -81,7 +100,7 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
     earlier = spent = float(log.rows[-1]["seconds"])        # of training, before this call
     limit = math.inf if run.minutes is None else earlier + 60 * run.minutes
     clock = time.perf_counter()
-    bar = tqdm(batches, run.mode, run.steps, initial=start, disable=None)
+    bar = tqdm(batches, run.mode, run.steps, initial=start, disable=None if first() else True)
     for done, batch in enumerate(bar, start + 1):
         for group in method.optimizer.param_groups:
             group["lr"] = run.lr * min(1, done / WARMUP[run.mode])
@@ -89,13 +108,14 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
             stats = method.step([u.to(device, non_blocking=True) for u in batch])
             ema.update(method.net)
             spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
-            finished = done == run.steps or spent > limit
-            stop, metrics = finished or signal.number, {}
-            if done % run.every == 0 or stop:
+            finished, number = largest(done == run.steps or spent > limit, signal.number)
+            stop, metrics = finished or number, {}
+            if first() and (done % run.every == 0 or stop):
                 metrics, picture = validate(ema.net)
             check_finite({name: torch.tensor(v) for name, v in (stats | metrics).items()})
         except NotFinite as error:
-            log.write()
+            if first():
+                log.write()
             raise UserError(f"{run.mode}, step {done}: {error}; try a lower --lr (what is saved in "
                             f"{out} is from before)") from None
         log.rows.append({"step": done, "seconds": spent, **stats, **metrics})
@@ -119,7 +139,7 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
     if not finished:
         print(f"{run.mode}: stopped at step {done} and saved; the same command with --resume "
               "instead of --overwrite goes on")
-        sys.exit(128 + signal.number)
+        sys.exit(128 + number)
     print(f"{run.mode}: done after {spent:.0f} s of training; {out / 'last.pt'}")
 
 
@@ -168,6 +188,8 @@ def check(run):
 
 def demo(given: dict):
     """sft, frm, each of --methods, and sft trained on for as long as they took; then a table."""
+    if place()[1] > 1:
+        raise UserError("--mode demo: one process trains it; leave torchrun out")
     methods = given.pop("methods", ["lrpo"])
     methods = METHODS if "all" in methods else methods
     root = Path(given.pop("out", "runs"))
@@ -220,6 +242,7 @@ def main(argv=None):
     """Run one mode, and before it mode frm if its reward needs a model that does not exist."""
     given = parse(argv)
     mode = given.pop("mode")
+    join()
     if mode == "demo":
         return demo(given)
     run = resolve(mode, given)

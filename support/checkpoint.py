@@ -174,11 +174,14 @@ def check_resume(saved: dict, run, frm: str | None):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device; "auto" is a CUDA GPU if there is one. Raises UserError if it does not exist
-    here."""
+    """The device; "auto" is a CUDA GPU if there is one, under torchrun one for each rank. Raises
+    UserError if it does not exist here."""
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" \
-            else torch.device(name)
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))     # torchrun: one each
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: no such device here; --device cpu works") from None

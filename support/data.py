@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from support.cli import UserError
 from support.faces import draw_faces
+from support.ranks import place
 
 MAX_PIXELS = 64_000_000     # ours: 8,000 x 8,000, which takes less than 1 GB to read
 MAX_HELD_OUT = 500      # ours: a steady mean, evaluated in minutes
@@ -206,21 +207,22 @@ def batch_index(n: int, batch_size: int, seed: int, step: int):
     return epoch, order[np.arange(batch * batch_size, (batch + 1) * batch_size) % n]
 
 
-def train_batch(photos: Photos, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """(lq, gt) of batch `step`: as `pairs`."""
+def train_batch(photos: Photos, batch_size: int, seed: int, step: int, rank=0, ranks=1):
+    """(lq, gt) of batch `step`, or one of `ranks` equal shares of it: as `pairs`."""
     epoch, index = batch_index(len(photos), batch_size, seed, step)
-    return pairs(photos, index, seed, epoch)
+    return pairs(photos, np.split(index, ranks)[rank], seed, epoch)
 
 
 class Batches(Dataset):
-    """The training batches of a run. Item `step` is batch `step`, whichever worker makes it."""
+    """The training batches of a run. Item `step` is this rank's share of batch `step`, whichever
+    worker makes it."""
 
     def __init__(self, photos: Photos, batch_size: int, seed: int):
-        self.photos, self.batch_size, self.seed = photos, batch_size, seed
+        self.photos, self.batch_size, self.seed, self.place = photos, batch_size, seed, place()
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """As `train_batch`."""
-        return train_batch(self.photos, self.batch_size, self.seed, step)
+        return train_batch(self.photos, self.batch_size, self.seed, step, *self.place)
 
 
 def ignore_interrupt(worker: int):

@@ -8,11 +8,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from support.checkpoint import replacing
+from support.ranks import gather
 
 
 def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars as plain numbers. One transfer serves all, so the device is waited for only once."""
-    return dict(zip(metrics, torch.stack([v.float() for v in metrics.values()]).tolist()))
+    """Scalars as plain numbers, the mean over the ranks (for a name in _max the largest). One
+    transfer serves all, so that the device is waited for only once."""
+    rows = gather(torch.stack([v.float() for v in metrics.values()])[None]).tolist()    # of ranks
+    return {name: max(column) if name.endswith("_max") else sum(column) / len(column)
+            for name, column in zip(metrics, zip(*rows))}
 
 
 class Log:

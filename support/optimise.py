@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from support.cli import UserError
+from support.ranks import average
 
 
 class NotFinite(UserError):
@@ -12,11 +13,13 @@ class NotFinite(UserError):
 
 
 def optimiser_step(optimizer, metrics: dict[str, Tensor], max_norm: float = math.inf) -> Tensor:
-    """Clip the gradient to the norm `max_norm`, take a step, return the norm before clipping, ().
+    """Average the gradient over the ranks, clip it to the norm `max_norm` and take a step. Returns
+    the norm before clipping, ().
 
     Raises NotFinite, and changes nothing, if the gradient is not finite. The message names those of
     `metrics`, of any shape, that are not finite: there it began."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    average([p.grad for p in parameters if p.grad is not None])
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     if not norm.isfinite():
         check_finite(metrics)

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from lrpo import (LRPO, LRPOSettings, clipped_loss, default_clip, gaussian_log_prob,
-                  group_advantages, gt_likelihood_loss, noise_level_weights)
+from lrpo import (LRPO, LRPOSettings, clipped_loss, gaussian_log_prob, group_advantages,
+                  gt_likelihood_loss, noise_level_weights)
 from model import Config, Diffusion, UNet
 
 
@@ -74,7 +74,7 @@ def test_clipped_loss_is_ppos():
         (g,) = torch.autograd.grad(loss.sum(), lp)
         assert ratio.item() == pytest.approx(math.exp(shift))
         assert g.item() == pytest.approx(-A * math.exp(shift) if moves else 0.0)
-    assert default_clip(4 * 64 * 64) == pytest.approx(1e-4, rel=2e-3)      # the published setting
+    assert 3 * 16 * 16 * make().clip == pytest.approx(4 * 64 * 64 * 1e-4, rel=2e-3)    # published
 
 
 def test_gt_likelihood_is_bounded():
@@ -134,7 +134,7 @@ def test_an_update_follows_the_policy_gradient_written_out():
     lrpo = make(gt_weight=0.0, lr=0.0)
     A, w = torch.tensor([0.3, -1.0, 0.7, 1.2, -0.2, -1.0]), torch.tensor([1.5, 0.9, 0.6])
     steps, lq, gt = ready(lrpo, A, w)
-    lrpo.update(steps, lq, gt, first=True)
+    lrpo.update(steps, lq, gt)
     mine = torch.cat([p.grad.flatten() for p in lrpo.net.parameters()])
     loss = 0.0
     for k, step in enumerate(steps):
@@ -182,12 +182,19 @@ def test_an_optimiser_step_for_each_group_of_steps():
 def test_ratio_is_exactly_one_before_the_first_update():
     lrpo = make()
     given = ready(lrpo, torch.ones(6), torch.ones(3))
-    first = lrpo.update(*given, first=True)
-    assert first["ratio_mean"] == 1.0 and first["ratio_max"] == 1.0 and first["clip_fraction"] == 0
-    second = lrpo.update(*given, first=False)
-    assert second["ratio_max"] != 1.0
+    assert torch.equal(lrpo.update(*given)["ratio"], torch.ones(3, 6))
+    assert not torch.equal(lrpo.update(*given)["ratio"], torch.ones(3, 6))
+    stats = make(updates=1).step(BATCH)
+    assert stats["first_off_max"] == stats["clip_fraction"] == 0 and stats["ratio_max"] == 1
+    moved = make()
+    moved.rollout = lambda lq, rollout=moved.rollout: (rollout(lq), drift(moved.net))[0]
     with pytest.raises(RuntimeError, match="off 1"):
-        lrpo.update(*given, first=True)     # the policy has moved: that must not pass for first
+        moved.step(BATCH)       # the policy has moved between rollout and update
+
+
+def drift(net):
+    with torch.no_grad():
+        net.head[-1].bias.add_(0.01)
 
 
 def parameters(lrpo):
