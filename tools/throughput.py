@@ -1,12 +1,13 @@
 """How fast our UNet is against other UNets, and a method's step against its bare network calls.
 
-    python -m tools.throughput [--size 64] [--batch 16] [--rounds 5] [--methods]
+    python -m tools.throughput [--size 64] [--batch 16] [--rounds 5] [--methods] [--growth]
 
 The peers (tools/requirements.txt) are as they ship, with three levels and, within 5 %, our number
 of parameters. Only ours has a pixel-unshuffle stem; --patch 1 is without. A step also draws noise,
 computes rewards and metrics, and clips the gradient. Weights and images are random. Competitors
 take turns, because a shared machine's speed drifts. A figure is the median over the rounds (and the
-range); the ratio of a table's first row to each row is formed within a round.
+range); the ratio of a table's first row to each row is formed within a round. --growth measures how
+the time of an LRPO step grows with G, K and the side of the images.
 """
 import argparse
 from copy import deepcopy
@@ -14,15 +15,17 @@ from importlib import import_module, util
 from statistics import median
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from darl import DARL
 from model import Config, Diffusion, UNet
 from refl import ReFL
 from rewards import CompositeReward
+from lrpo import LRPO, LRPOSettings
 from settings import method_settings
 from sft import SFT
-from steered import SteeredLRPO
+from steered import SteeredLRPO, SteeredSettings
 from support.checkpoint import pick_device
 from support.cli import TYPES, UserError, run_main
 
@@ -41,6 +44,8 @@ METHODS = {"sft": (SFT, {}, (0, 0, 1, 1)),      # below: K - 1 = 4 (refl_last 2 
            "lrpo": (SteeredLRPO, {"group": G}, (4 + 10, 1, 2, 1)),  # 2K for the gap; the branch
            "refl": (ReFL, {"refl_last": 1}, (4 + 1, 0, 1, 2)),      # frozen; last step, L_denoise
            "darl": (DARL, {"group": G}, (4, 1, 2, 2))}              # the branch, L_SFT
+GROWTH = {"group": (2, 4, 8, 16), "ddim_steps": (5, 10, 20, 40), "side": (16, 32, 64, 128)}
+AT = {"group": 4, "ddim_steps": 5, "side": 32}      # ours: the values of those that do not vary
 
 
 def nearest_width(package: str, channels: int, target: int) -> tuple[int, int]:
@@ -126,6 +131,26 @@ def methods(ours: UNet, args):
                 "bare calls": bare(deepcopy(ours), P, args, *calls)}, args)
 
 
+def growth(args):
+    """Print the seconds of an LRPO step against G, K and the side of the images, for full
+    trajectories (lrpo.py) and our recipe, and the exponent that fits their logarithms best."""
+    print("\n| LRPO step | values | seconds | exponent |\n|---|---|---|---|")
+    for method, kind in ((LRPO, LRPOSettings), (SteeredLRPO, SteeredSettings)):
+        for name, values in GROWTH.items():
+            steps = {}
+            for value in values:
+                at = AT | {name: value}
+                net = UNet(Config(side := at.pop("side"), args.channels)).to(args.device)
+                lrpo = method(net, Diffusion(net.config, args.device),
+                              CompositeReward({"ssim": .5, "dwt": .5}), torch.Generator(), kind(**at))
+                batch = torch.rand(2, P, 3, side, side, device=args.device) * 2 - 1
+                steps[value] = lambda lrpo=lrpo, batch=batch: lrpo.step(batch)
+            seconds = [median(times) for times in turns(steps, args).values()]
+            exponent = np.polyfit(np.log(values), np.log(seconds), 1)[0]
+            print(f"| {method.__name__}, {name} | {' '.join(map(str, values))} | "
+                  f"{' '.join(f'{s:.3g}' for s in seconds)} | {exponent:.2f} |")
+
+
 def main():
     p = argparse.ArgumentParser(description="How fast the network and the methods are.")
     for name, value in {"size": 64, "channels": 32, "patch": 2, "batch": 16, "rounds": 5,
@@ -133,10 +158,13 @@ def main():
         p.add_argument(f"--{name}", default=value, type=TYPES[type(value)], help=f"({value})")
     p.add_argument("--bf16", default="off", choices=["on", "off"])
     p.add_argument("--methods", action="store_true", help="measure the methods as well")
+    p.add_argument("--growth", action="store_true", help="only measure how an LRPO step grows")
     args = p.parse_args()
     args.device, args.bf16 = pick_device(args.device), args.bf16 == "on"
     print(f"torch {torch.__version__}, threads {torch.get_num_threads()}",
           *(f"{name} {value}" for name, value in vars(args).items()), sep=", ")
+    if args.growth:
+        return growth(args)
     a = torch.randn(SIDE, SIDE, device=args.device).to(torch.bfloat16 if args.bf16 else torch.float)
     compare("GFLOP", 2e-9 * SIDE ** 3, {f"{SIDE} x {SIDE} matrix product": lambda: a @ a}, args)
     nets = networks(args)
