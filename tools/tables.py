@@ -1,4 +1,4 @@
-"""Every table of figures in README.md and docs/results.md, from the measurements in docs/data.
+"""Every table of figures in README.md and docs/results.md, from the data in docs/data.
 
     python -m tools.tables            print the tables
     python -m tools.tables --check    fail if a table in a document differs
@@ -95,7 +95,7 @@ def main():
         new = MARKED.sub(lambda m: m[1] + TABLES[m[2]](), text)
         found |= {name for _, name, _ in MARKED.findall(text)}
         if new != text and args.check:
-            raise UserError(f"{path.name}: a table differs from docs/data; run tools.tables --write")
+            raise UserError(f"{path.name}: a table is not that of docs/data; --write replaces it")
         path.write_text(new)
     if missing := TABLES.keys() - found:
         raise UserError(f"{', '.join(sorted(missing))}: no document has the mark of this table")
