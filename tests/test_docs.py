@@ -1,4 +1,4 @@
-"""The documents: names, flags, links and pictures in them exist, and their tables are the data's."""
+"""The documents: names, flags, links and pictures in them exist; their tables are the data's."""
 import argparse
 import ast
 import importlib
@@ -11,7 +11,7 @@ import pytest
 import evaluate
 import sample
 import settings
-from tools import tables
+from tools import claims, symptoms, tables
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -125,3 +125,20 @@ def test_every_program_in_the_documents_exists():
 def test_the_tables_are_those_of_the_data(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables", "--check"])
     tables.main()                       # raises UserError, which names the document
+
+
+def test_the_pictures_are_drawn_from_the_data(tmp_path):
+    symptoms.draw(tables.read("symptoms"), tmp_path / "symptoms.png")
+    claims.curves(tables.read("lrpo"), tmp_path / "lrpo.png")
+    claims.over_time(tables.read("long"), tmp_path / "long.png")
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+
+
+def test_the_symptoms_are_runs_that_train_py_takes_and_their_columns_are_in_the_data():
+    for name, flags in symptoms.RUNS.items():
+        given = settings.parse(["--mode", "lrpo", *flags.split()])
+        settings.method_values(settings.resolve(given.pop("mode"), given))
+        data = tables.read("symptoms")[name]
+        least = symptoms.STEPS // symptoms.EVERY + 1
+        assert all(len(data[column]) >= least for column in symptoms.PANELS)
+        assert [step for step, _ in data["reward_std"]] == [*range(1, symptoms.STEPS + 1)]

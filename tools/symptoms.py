@@ -3,9 +3,10 @@
     python -m tools.symptoms --root runs [--lpips_weights FILE]
     python -m tools.symptoms                    the picture again, from docs/data/symptoms.json
 
-The first command trains the five short runs in `RUNS` from ROOT/sft and ROOT/frm, one after the
-other, in ROOT/healthy and so on; finished runs are not trained again. Both draw OUT/symptoms.png: a
-column of panels for each run, with the healthy run in grey. docs/metrics.md explains it.
+The first command trains the five short runs in `RUNS` from ROOT/sft, one after the other, in
+ROOT/healthy and so on (drawn faces, about a minute each). Finished runs are not trained again. Both
+draw OUT/symptoms.png: a column of panels for each run, with the healthy run in grey.
+docs/metrics.md explains it.
 """
 import argparse
 import json
@@ -25,9 +26,9 @@ RUNS = {        # title of the panels: the flags of train.py --mode lrpo
     "clip never acts": "--updates 1",
     "no spread": "--eta .01",
 }
-PANELS = {      # column of metrics.csv: its label, and whether its axis is logarithmic
-    "heldout_reward": ("held-out\nreward", False),
-    "heldout_psnr": ("held-out\nPSNR, dB", False),
+PANELS = {      # column of metrics.csv: its label, and whether the axis is logarithmic
+    "heldout_reward": ("change of held-\nout reward", False),
+    "heldout_psnr": ("change of held-\nout PSNR, dB", False),
     "reward_std": ("reward_std", True),
     "ratio_mean": ("ratio_mean", False),
     "clip_fraction": ("clip_fraction", False),
@@ -37,15 +38,16 @@ OTHERS = ("reward", "ratio_max", "equal_groups", "approx_kl", "gt_loss", "gt_wei
           "fidelity_gap", "heldout_r_face", "heldout_r_lpips", "heldout_ssim")      # kept as well
 
 
-def train(root: Path, weights: list[str]):
-    """Train each run that is not done. Raises UserError if ROOT has no sft to start from."""
+def train(root: Path, weights: list[str] | None):
+    """Train each run that is not done, with the flags `weights`. Raises UserError if ROOT has no
+    sft to start from."""
     if not (root / "sft" / "last.pt").exists():
         raise UserError(f"--root {root}: has no sft/last.pt; train.py --mode sft --out {root}/sft")
     for name, flags in RUNS.items():
         out = root / folder(name)
         if not (out / "done").exists():
             call("train.py", "--mode", "lrpo", "--out", out, "--overwrite", "--steps", STEPS,
-                 "--every", EVERY, *flags.split(), *weights)
+                 "--every", EVERY, *flags.split(), *weights or ())
             (out / "done").touch()
 
 
@@ -62,37 +64,39 @@ def collect(root: Path) -> dict:
 def draw(data: dict, path: Path):
     """A line of panels for each metric, a column of them for each run."""
     fig = Figure(figsize=(2 * len(RUNS), 1.15 * len(PANELS)))
-    grid = fig.subplots(len(PANELS), len(RUNS), sharex=True, sharey="row")
+    grid = fig.subplots(len(PANELS), len(RUNS), sharex=True)
     for line, (column, (label, log)) in zip(grid, PANELS.items()):
+        held_out = column.startswith("heldout")     # drawn as the change, each on its own axis
         for ax, run in zip(line, RUNS):
+            if not held_out and ax is not line[0]:
+                ax.sharey(line[0])
             for name, color in (("healthy", ".65"), (run, "C2" if run == "healthy" else "C3")):
                 steps, values = zip(*data[name][column])
-                values = change(values) if column.startswith("heldout") else values
+                values = change(values) if held_out else values
                 ax.plot(steps, values, color=color, lw=1.4)
             ax.tick_params(labelsize=7)
             ax.set_yscale("log" if log else "linear")
-            if column == "heldout_reward":
-                ax.set_title(run, fontsize=9)
         line[0].set_ylabel(label, fontsize=8)
-    for ax in grid[-1]:
-        ax.set_xlabel("rollout", fontsize=8)
+    for top, bottom, run in zip(grid[0], grid[-1], RUNS):
+        top.set_title(run, fontsize=9)
+        bottom.set_xlabel("rollout", fontsize=8)
     fig.align_ylabels()
-    fig.tight_layout(pad=.4)
+    fig.tight_layout(pad=.6)
     fig.savefig(path, dpi=90)
 
 
 def main():
     p = argparse.ArgumentParser(description="A healthy run of LRPO and four that go wrong.")
-    p.add_argument("--root", type=Path, help="folder with the runs sft and frm (default: no "
-                   "training, the picture alone)")
+    p.add_argument("--root", type=Path, help="with the runs sft and frm; left out: no training")
     p.add_argument("--out", type=Path, default=ROOT / "docs", help="for symptoms.png (docs)")
     p.add_argument("--lpips_weights", help="file of the LPIPS backbone (default: fetched)")
     args = p.parse_args()
     file = make_folder(args.out / "data") / "symptoms.json"
     if args.root:
-        weights = ["--lpips_weights", args.lpips_weights] if args.lpips_weights else []
-        train(args.root.resolve(), weights)
+        train(args.root.resolve(), args.lpips_weights and ["--lpips_weights", args.lpips_weights])
         write_data(file, collect(args.root))
+    elif not file.exists():
+        raise UserError(f"--out {args.out}: has no data/symptoms.json to draw; give --root")
     draw(json.loads(file.read_text()), args.out / "symptoms.png")
     print(args.out / "symptoms.png")
 

@@ -1,4 +1,4 @@
-"""Every table of figures in README.md and docs/results.md, from the data in docs/data.
+"""Every table of figures in README.md and docs, from the data in docs/data.
 
     python -m tools.tables            print the tables
     python -m tools.tables --check    fail if a table in a document differs
@@ -6,8 +6,8 @@
 
 A document marks a table by the line `<!-- tools.tables NAME -->` above it. In docs/data, lrpo.json,
 darl.json, demo.json and long.json are by tools/claims.py, run.json and real.json hold the means
-and errors of evaluate.py's tables, and speed.json the medians and ranges of tools/throughput.py.
-Where "note" says so, a file holds figures as they were printed.
+and errors of evaluate.py's tables, speed.json the medians and ranges of tools/throughput.py, and
+symptoms.json is by tools/symptoms.py. A file with a "note" holds figures as they were printed.
 """
 import argparse
 import json
@@ -17,8 +17,9 @@ from statistics import mean, stdev
 
 from support.cli import UserError, run_main
 from tools.claims import COLUMNS, ROOT, as_table, lay_out
+from tools.symptoms import PANELS
 
-DOCUMENTS = ROOT / "README.md", ROOT / "docs" / "results.md"
+DOCUMENTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "metrics.md"
 MARKED = re.compile(r"(<!-- tools\.tables (\w+) -->\n)((?:\|.*\n)*)")
 JUDGED = {"psnr": "PSNR", **{name: COLUMNS[name] for name in ("ssim", "lpips", "r_face", "r_dwt")}}
 
@@ -71,6 +72,9 @@ def reward(title: str) -> str:
 
 
 TABLES = {
+    "symptoms": lambda: lay_out("run", {key: f"`{key}`" for key in PANELS}, read("symptoms"), (
+        lambda key, *points: f"{points[-1][1] - points[0][1]:+.4f}" if key.startswith("heldout")
+        else f"{mean(value for _, value in points[-10:]):.4g}")),
     "run": run, "real": real, "real_three": real_three,
     "half": lambda: lay_out("", JUDGED, read("demo")["means"], lambda key, *seeds: (
         f"{mean(seeds):.{2 if key == 'psnr' else 4}f}")),
@@ -84,7 +88,7 @@ TABLES = {
 
 
 def main():
-    p = argparse.ArgumentParser(description="The tables of README.md and docs/results.md.")
+    p = argparse.ArgumentParser(description="The tables of README.md and docs.")
     p.add_argument("--check", action="store_true", help="fail if one differs in a document")
     p.add_argument("--write", action="store_true", help="replace those that differ")
     args, found = p.parse_args(), set()
