@@ -124,6 +124,8 @@ def test_every_program_in_the_documents_exists():
 def test_the_tables_are_those_of_the_data(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables", "--check"])
     tables.main()                       # raises UserError, which names the document
+    results = (ROOT / "docs" / "results.md").read_text()
+    assert results.count("\n|---") == len(tables.MARKED.findall(results))      # none has no mark
 
 
 def test_the_pictures_are_drawn_from_the_data(tmp_path, monkeypatch):
