@@ -12,6 +12,8 @@ trained again.
     darl   the same for DARL, without the picture
     demo   80 rollouts as in the demo, with other margins and rewards; --minutes is for SFT
     long   four times the rollouts at margin 0: ROOT/long.png
+The numbers behind table and picture go to ROOT/MODE.json. Those of docs/results.md are in
+docs/data, and `python -m tools.tables` prints them.
 """
 import argparse
 import json
@@ -19,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -57,9 +60,9 @@ DARL = {
     "KL": "--kl_weight .1",
 }
 DEMO = {
-    "as shipped": "--steps 80 --minutes 600",       # the last one of two equal flags counts
-    "margin .5": "--fidelity_margin .5 --steps 80 --minutes 600",
-    "offline rewards": "--rewards offline --steps 80 --minutes 600",
+    "LRPO as shipped": "--steps 80 --minutes 600",       # the last one of two equal flags counts
+    "LRPO, margin .5": "--fidelity_margin .5 --steps 80 --minutes 600",
+    "LRPO, offline rewards": "--rewards offline --steps 80 --minutes 600",
 }
 LONG = {"four times the rollouts": "--fidelity_margin 0 --steps 320 --every 20 --minutes 600"}
 ARMS = {"lrpo": LRPO, "darl": DARL, "demo": DEMO, "long": LONG}
@@ -105,70 +108,121 @@ def run_seed(root: Path, mode: str, seed: int, minutes: float, weights: list[str
          "default", *weights, "--ckpt", *ckpts)
 
 
-def table(root: Path, mode: str, seeds: list[int]) -> str:
-    """The markdown table over the seeds, from each metrics.json."""
+def collect(root: Path, mode: str, seeds: list[int]) -> dict[str, dict[str, list[float]]]:
+    """{arm: {column: its change against SFT, for each seed}} from each metrics.json. The column
+    "beyond" is the distance from SFT's frontier in LPIPS."""
     found = [json.loads((root / str(seed) / f"claims_{mode}" / "metrics.json").read_text())
              for seed in seeds]
-    lines = ["| arm | " + " | ".join([*COLUMNS.values(), "beyond"]) + " |",
-             "|---" * (len(COLUMNS) + 2) + "|"]
-    names = {folder(arm): arm for arm in [f"{LONGER} {mode}", *ARMS[mode]]}
-    names["sft, best of 8"] = "SFT, best of 8 by reward"
-    for name, arm in names.items():
-        cells = []
-        for column in COLUMNS:
-            cells.append([f["rows"][name][column] - f["rows"]["sft"][column] for f in found])
-        cells.append([f["beyond"]["lpips"][name][0] for f in found])
-        lines.append(f"| {arm} | " + " | ".join(
-            f"{statistics.mean(c):+.4f}" + (f" ±{statistics.stdev(c):.4f}" if len(c) > 1 else "")
-            for c in cells) + " |")
-    return "\n".join(lines) + "\n"
+    names = {folder(f"{LONGER} {mode}"): LONGER, **{folder(arm): arm for arm in ARMS[mode]},
+             "sft, best of 8": "SFT, best of 8 by reward"}
+    return {arm: {column: [f["rows"][name][column] - f["rows"]["sft"][column] for f in found]
+                  for column in COLUMNS}
+            | {"beyond": [f["beyond"]["lpips"][name][0] for f in found]}
+            for name, arm in names.items()}
 
 
-def measurements(root: Path, seed: int, arm: str) -> list[dict]:
-    """The rows of an arm's metrics.csv that hold a measurement."""
-    return [row for row in Log(root / str(seed) / folder(arm) / "metrics.csv").rows
-            if row["heldout_psnr"]]
+def lay_out(first: str, columns: dict[str, str], rows: dict[str, dict], cell) -> str:
+    """A markdown table. `first` heads the column of names; columns {key: title}; rows {name: {key:
+    numbers}}; cell(key, *numbers) is the text of a cell, and a missing key leaves it empty."""
+    line = lambda cells: "|" + "|".join(f" {text} " if text else " " for text in cells) + "|\n"
+    return "".join([line([first, *columns.values()]), "|---" * (len(columns) + 1) + "|\n"] + [
+        line([name, *(cell(key, *row[key]) if key in row else "" for key in columns)])
+        for name, row in rows.items()])
 
 
-def changes(rows: list[dict], column: str) -> list[float]:
-    """The change of a column since the first row."""
-    return [float(row[column]) - float(rows[0][column]) for row in rows]
+def as_table(arms: dict[str, dict[str, list[float]]]) -> str:
+    """The markdown table of mean and standard deviation over the seeds, from `collect`."""
+    return lay_out("arm", COLUMNS | {"beyond": "beyond"}, arms, lambda _, *values: (
+        f"{statistics.mean(values):+.4f}"
+        + (f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else "")))
 
 
-def curves(root: Path, seeds: list[int]):
-    """lrpo.png: change of held-out reward against that of PSNR, a line for each seed and arm."""
+def table(root: Path, mode: str, seeds: list[int]) -> str:
+    """The markdown table over the seeds, from each metrics.json."""
+    return as_table(collect(root, mode, seeds))
+
+
+def history(root: Path, seeds: list[int], arms, columns) -> dict:
+    """{arm: {seed: {column: its measurements}}} for the columns of metrics.csv, without `heldout_`,
+    and for "step"."""
+    found = {arm: {} for arm in arms}
+    for arm, seed in product(arms, seeds):
+        log = Log(root / str(seed) / folder(arm) / "metrics.csv")
+        rows = [row for row in log.rows if row["heldout_psnr"]]
+        found[arm][str(seed)] = {"step": [int(row["step"]) for row in rows]} | {
+            column: [float(row[f"heldout_{column}"]) for row in rows] for column in columns}
+    return found
+
+
+def change(values: list[float]) -> list[float]:
+    """The change since the first measurement."""
+    return [value - values[0] for value in values]
+
+
+def rounded(data):
+    """Numbers with six significant digits, so that no table of four is rounded twice."""
+    if isinstance(data, dict):
+        return {name: rounded(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [rounded(value) for value in data]
+    return float(f"{data:.6g}") if isinstance(data, float) else data
+
+
+def write_data(path: Path, data: dict):
+    """Write a small data file, as in docs/data: JSON with a line for each entry of each part."""
+    part = lambda value: "{\n" + ",\n".join(
+        f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "}"
+    path.write_text("{\n" + ",\n".join(
+        f" {json.dumps(k)}: {part(v) if isinstance(v, dict) else json.dumps(v)}"
+        for k, v in rounded(data).items()) + "\n}\n")
+
+
+def curves(data: dict, path: Path):
+    """lrpo.png: change of held-out reward against that of PSNR, a line for each seed and arm.
+    data: "history" of the arms in `DRAWN`, and "arms"."""
     fig = Figure(figsize=(6, 4.5))
     ax = fig.subplots()
-    for seed in seeds:
-        for arm, color in DRAWN.items():
-            rows = measurements(root, seed, arm)
-            x, y = (changes(rows, k) for k in ("heldout_psnr", "heldout_reward"))
-            ax.plot(x, y, ".-", color=color, ms=4, lw=1, label=arm if seed == seeds[0] else None)
-        rows = json.loads((root / str(seed) / "claims_lrpo" / "metrics.json").read_text())["rows"]
-        x, y = (rows[folder(f"{LONGER} lrpo")][k] - rows["sft"][k] for k in ("psnr", "reward"))
-        ax.plot(x, y, "ks", label=LONGER if seed == seeds[0] else None)
+    for arm, color in DRAWN.items():
+        for i, seed in enumerate(data["history"][arm].values()):
+            ax.plot(change(seed["psnr"]), change(seed["reward"]), ".-", color=color, ms=4, lw=1,
+                    label=None if i else arm)
+    ax.plot(data["arms"][LONGER]["psnr"], data["arms"][LONGER]["reward"], "ks", label=LONGER)
     ax.axvline(0, color=".8", lw=.8, zorder=0)
     ax.axhline(0, color=".8", lw=.8, zorder=0)
     ax.set(xlabel="change of held-out PSNR, dB", ylabel="change of held-out reward")
     ax.legend(fontsize=8)
     fig.tight_layout()
-    fig.savefig(root / "lrpo.png", dpi=90)
+    fig.savefig(path, dpi=90)
 
 
-def over_time(root: Path, seeds: list[int], arm: str):
-    """long.png: held-out reward, LPIPS and PSNR of one arm against the rollout."""
-    names = {"heldout_reward": "reward", "heldout_r_lpips": "1 - LPIPS", "heldout_psnr": "PSNR, dB"}
+def over_time(data: dict, path: Path):
+    """long.png: held-out reward, LPIPS and PSNR of one arm against the rollout. data: "history"."""
+    (seeds,) = data["history"].values()
+    names = {"reward": "reward", "r_lpips": "1 - LPIPS", "psnr": "PSNR, dB"}
     fig = Figure(figsize=(11, 3))
     for ax, (column, name) in zip(fig.subplots(1, 3), names.items()):
-        for seed in seeds:
-            rows = measurements(root, seed, arm)
-            ax.plot([int(row["step"]) for row in rows], changes(rows, column), ".-",
-                    label=f"seed {seed}")
+        for seed, values in seeds.items():
+            ax.plot(values["step"], change(values[column]), ".-", label=f"seed {seed}")
         ax.axhline(0, color=".8", lw=.8, zorder=0)
         ax.set(xlabel="rollout", title=f"change of held-out {name}")
     ax.legend(fontsize=8)
     fig.tight_layout()
-    fig.savefig(root / "long.png", dpi=80)
+    fig.savefig(path, dpi=80)
+
+
+def save(root: Path, mode: str, seeds: list[int]):
+    """Write the data of a mode as ROOT/MODE.json, and from them its table and picture."""
+    data = {} if mode == "long" else {"arms": collect(root, mode, seeds)}
+    if mode == "lrpo":
+        data["history"] = history(root, seeds, DRAWN, ["psnr", "reward"])
+        curves(data, root / "lrpo.png")
+    if mode == "long":
+        data["history"] = history(root, seeds, LONG, ["psnr", "reward", "r_lpips"])
+        over_time(data, root / "long.png")
+    else:
+        (root / f"{mode}.md").write_text(as_table(data["arms"]))
+        print(as_table(data["arms"]))
+    write_data(root / f"{mode}.json", data)
 
 
 def main():
@@ -182,13 +236,7 @@ def main():
     weights = ["--lpips_weights", args.lpips_weights] if args.lpips_weights else []
     for seed in args.seeds:
         run_seed(args.root.resolve(), args.mode, seed, args.minutes, weights)
-    if args.mode == "long":
-        return over_time(args.root, args.seeds, next(iter(LONG)))
-    if args.mode == "lrpo":
-        curves(args.root, args.seeds)
-    text = table(args.root, args.mode, args.seeds)
-    (args.root / f"{args.mode}.md").write_text(text)
-    print(text)
+    save(args.root, args.mode, args.seeds)
 
 
 if __name__ == "__main__":

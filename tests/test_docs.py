@@ -1,0 +1,146 @@
+"""The documents: names, flags, links and pictures in them exist; their tables are the data's."""
+import argparse
+import ast
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import sample
+import settings
+from tools import claims, symptoms, tables
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+TOOLS = [path.stem for path in sorted(ROOT.glob("tools/*.py")) if path.stem != "__init__"]
+LEAST_ROWS = 90         # of docs/paper_to_code.md, so that nothing passes by finding nothing
+LEAST_FLAGS = 3         # of each document
+FOREIGN = {"sudo", "apt-get", "pip", "venv", "pytest"}       # programs that are not the project's
+
+
+def names_in(path) -> set[str]:
+    """Every function, class and constant of a file, and `A.b` for methods and fields."""
+    def targets(node):
+        nodes = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [u for t in nodes for u in (t.elts if isinstance(t, ast.Tuple) else [t])]
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            found |= {t.id for t in targets(node) if isinstance(t, ast.Name)}
+        for part in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(part, ast.FunctionDef):
+                found.add(f"{node.name}.{part.name}")
+            elif isinstance(part, (ast.Assign, ast.AnnAssign)):
+                found |= {f"{node.name}.{t.id}" for t in targets(part)}
+    return found
+
+
+def places(text: str) -> list[tuple[str, str]]:
+    """(file, name) of every name in the second column of the tables: "`a.py`: `f`; `b.py`: `g`".
+    The rows are those with a file there. Raises ValueError for a name before any file."""
+    found = []
+    for line in text.splitlines():
+        cells = line.split("|")
+        if len(cells) == 5 and ".py`" in cells[2]:
+            file = None
+            for token in re.findall(r"`([^`]+)`", cells[2]):
+                if token.endswith(".py"):
+                    file = token
+                elif file is None:
+                    raise ValueError(f"{token} has no file: {line}")
+                else:
+                    found.append((file, token))
+    return found
+
+
+def test_every_name_in_paper_to_code_exists():
+    text = (ROOT / "docs" / "paper_to_code.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")
+            and not line.startswith(("| paper |", "| abstract |", "| idea |"))]
+    assert len(rows) >= LEAST_ROWS and len(places(text)) >= len(rows)
+    assert all(places(row) for row in rows)         # a row without a place would go unchecked
+    for file, name in places(text):
+        assert (ROOT / file).is_file(), file
+        assert name in names_in(ROOT / file), f"{file} has no {name}"
+
+
+def test_every_name_in_the_other_columns_exists_somewhere():
+    anywhere = set().union(*map(names_in, [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]))
+    anywhere |= {name.split(".")[-1] for name in anywhere}
+    anywhere |= {"face", "approx_kl"}           # a term and a metric, which are strings
+    text = (ROOT / "docs" / "paper_to_code.md").read_text()
+    for name in re.findall(r"`([A-Za-z_][\w.]*)`", text):
+        assert name in anywhere or (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_and_picture_exists(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not link.startswith(("http://", "https://", "#")):
+            assert (path.parent / link.partition("#")[0]).exists(), link
+
+
+class Captured(Exception):
+    """Carries the parser of a program whose main() has begun to parse."""
+
+
+def tool_flags(name: str, monkeypatch) -> set[str]:
+    """The flags of tools/NAME.py, whether it has a function parser() or parses in main()."""
+    def capture(parser, *_):
+        raise Captured(parser)
+    module = importlib.import_module(f"tools.{name}")
+    if hasattr(module, "parser"):
+        return {*module.parser()._option_string_actions}
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", capture)
+    with pytest.raises(Captured) as caught:
+        module.main()
+    monkeypatch.undo()
+    return {*caught.value.args[0]._option_string_actions}
+
+
+def test_every_flag_in_the_documents_is_one_of_a_program(monkeypatch):
+    known = {flag for mode in settings.MODES for recipe in ("steered", "paper")
+             for flag in settings.parser(mode, recipe)._option_string_actions}
+    for program in (evaluate, sample):
+        known |= {*program.parser()._option_string_actions}
+    known |= {flag for name in TOOLS for flag in tool_flags(name, monkeypatch)}
+    assert {"--gt_weight", "--frontier", "--sheet", "--patch", "--recipe"} <= known
+    for path in DOCUMENTS:
+        flags = {*re.findall(r"(?<![\w-])--[a-z]\w*", path.read_text())}
+        assert len(flags) >= LEAST_FLAGS and not flags - known, (path.name, flags - known)
+
+
+def test_every_program_in_the_documents_exists():
+    for path in DOCUMENTS:
+        for name in re.findall(r"python -m ([\w.]+)", path.read_text()):
+            assert name in FOREIGN or (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+
+
+def test_the_tables_are_those_of_the_data(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
+    tables.main()                       # raises UserError, which names the document
+    results = (ROOT / "docs" / "results.md").read_text()
+    assert results.count("\n|---") == len(tables.MARKED.findall(results))      # none has no mark
+
+
+def test_the_pictures_are_drawn_from_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(symptoms, "RUNS", {"healthy": "", "collapse": ""})      # all: 5 seconds
+    symptoms.draw(tables.read("symptoms"), tmp_path / "symptoms.png")
+    claims.curves(tables.read("lrpo"), tmp_path / "lrpo.png")
+    claims.over_time(tables.read("long"), tmp_path / "long.png")
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+
+
+def test_the_symptoms_are_runs_that_train_py_takes_and_their_columns_are_in_the_data():
+    for name, flags in symptoms.RUNS.items():
+        given = settings.parse(["--mode", "lrpo", *flags.split()])
+        settings.method_values(settings.resolve(given.pop("mode"), given))
+        data = tables.read("symptoms")[name]
+        least = symptoms.STEPS // symptoms.EVERY + 1
+        assert all(len(data[column]) >= least for column in symptoms.PANELS)
+        assert [step for step, _ in data["reward_std"]] == [*range(1, symptoms.STEPS + 1)]
