@@ -201,8 +201,9 @@ class LRPO:
         n = self.settings.steps_per_update or len(steps)
         seen = [[self.update(steps[i:i + n], lq, gt) for i in range(0, len(steps), n)]
                 for _ in range(self.settings.updates)]                  # a list for each pass
-        first, last = seen[0][0]["ratio"], seen[-1]
-        ratio = torch.cat([u.pop("ratio") for u in last])               # (n, B), the last pass
+        first, last = seen[0][0]["log_ratio"].exp(), seen[-1]
+        log_ratio = torch.cat([u.pop("log_ratio") for u in last])       # (n, B), the last pass
+        ratio = log_ratio.exp()
         std = R.view(-1, G).std(dim=1, correction=0)                    # (P,)
         return {"reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
                 "reward_std": std.mean(), "equal_groups": (std < MIN_STD).float().mean(),
@@ -210,21 +211,21 @@ class LRPO:
                 "first_off_max": (first - 1).abs().max(),
                 "ratio_mean": ratio.mean(), "ratio_max": ratio.max(),
                 "clip_fraction": ((ratio - 1).abs() > self.clip).float().mean(),
-                "approx_kl": -ratio.log().mean()}       # E_old log(pi_old / pi), per dimension
+                "approx_kl": -log_ratio.mean()}         # E_old log(pi_old / pi), per dimension
 
     def update(self, steps: list[Transition], lq: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """One optimiser step on the mean loss of `steps`. Returns the terms of the loss, scalars,
-        and the ratio (n, B) before it."""
+        and the logarithm of the ratio (n, B) before it."""
         self.optimizer.zero_grad()
-        seen, ratios = [], []
+        seen, log_ratios = [], []
         for step in steps:
             mu, sigma, _ = self.policy(step.x, lq, step.t, step.s)
             log_prob = gaussian_log_prob(step.action, mu, sigma)                # (B,)
-            pg, ratio = clipped_loss(log_prob, step.log_prob, step.advantage, self.clip)
+            pg, _ = clipped_loss(log_prob, step.log_prob, step.advantage, self.clip)
             loss, terms = self.loss(step, lq, gt, mu, sigma, pg)
             (loss / len(steps)).backward()
             seen.append({k: v.detach() for k, v in terms.items()})
-            ratios.append(ratio.detach())
+            log_ratios.append((log_prob - step.log_prob).detach())
         metrics = {k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]}
         grad_norm = optimiser_step(self.optimizer, self.scores | metrics, MAX_GRAD_NORM)
-        return {**metrics, "grad_norm": grad_norm, "ratio": torch.stack(ratios)}
+        return {**metrics, "grad_norm": grad_norm, "log_ratio": torch.stack(log_ratios)}

@@ -141,8 +141,9 @@ def growth(args):
             for value in values:
                 at = AT | {name: value}
                 net = UNet(Config(side := at.pop("side"), args.channels)).to(args.device)
-                lrpo = method(net, Diffusion(net.config, args.device),
-                              CompositeReward({"ssim": .5, "dwt": .5}), torch.Generator(), kind(**at))
+                reward = CompositeReward({"ssim": .5, "dwt": .5})
+                lrpo = method(net, Diffusion(net.config, args.device), reward, torch.Generator(),
+                              kind(**at))
                 batch = torch.rand(2, P, 3, side, side, device=args.device) * 2 - 1
                 steps[value] = lambda lrpo=lrpo, batch=batch: lrpo.step(batch)
             seconds = [median(times) for times in turns(steps, args).values()]
