@@ -1,6 +1,6 @@
 """Long trials of what the programs promise: nothing is lost, and nothing foreign gets in.
 
-    python -m tools.trials kills [--n 40]   SIGKILL, SIGTERM and SIGINT at random moments, five modes
+    python -m tools.trials kills [--n 40]   SIGKILL, SIGTERM, SIGINT at random moments, five modes
     python -m tools.trials demo [--n 10]    the same for the demo
     python -m tools.trials disk             a disk that is full, at 12 sizes (Linux, as root)
     python -m tools.trials hostile          checkpoints that are foreign, damaged, or run code
