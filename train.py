@@ -5,11 +5,10 @@
     python train.py --mode lrpo                         starts from runs/sft/last.pt
     torchrun --nproc_per_node 2 train.py --mode sft     the same run on two GPUs or processes
 
-A run's folder is --out (default runs/MODE). What it starts from is looked for beside that folder:
-with --out X/lrpo, X/sft/last.pt and X/frm/last.pt. A method is a class with `net`, `optimizer` and
-step(batch) -> metrics, and with state_dict() where it has a state of its own. It owns its optimiser
-steps; this file owns data, device, checkpoints, log and stopping. best.pt is chosen by the reward,
-which can be hacked, so last.pt is what the demo compares.
+A run's folder is --out (default runs/MODE). A run starts from what lies beside it: with --out
+X/lrpo from X/sft/last.pt and X/frm/last.pt. A method is a class with `net`, `optimizer` and
+step(batch) -> metrics, and state_dict() if it has a state of its own. It owns its optimiser steps;
+this file owns the rest. best.pt is chosen by the reward, which can be hacked: compare last.pt.
 """
 import argparse
 import json
@@ -40,8 +39,8 @@ from support.ranks import alone, check_batch, first, join, largest, place, wait
 
 
 def train(run):
-    """Run one mode to its end. A run that is finished already is left as it is. Under torchrun rank
-    0 writes. The face reward model is so small that every rank trains all of it."""
+    """Run one mode to its end, unless it is finished. Under torchrun rank 0 writes. The face reward
+    model is so small that every rank trains all of it."""
     wait()                                  # until every rank has seen what there was before
     with alone(run.mode == "frm"):
         check_batch(run.batch_size)
@@ -122,13 +121,13 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
         if metrics:
             score = metrics.get("heldout_reward", metrics.get("heldout_accuracy_restored"))
             better, best = score > best, max(score, best)
-            log.write()                     # before last.pt, see support/log.py
-            if better:
-                save(out / "best.pt", state(done, best, finished))
-            save(out / "last.pt", state(done, best, finished))
+            log.write()                     # all before last.pt: a killed run writes them again
             log.curves(out / "curves.png")
             if picture:
                 picture.save(out / f"samples_{done:06d}.png")
+            if better:
+                save(out / "best.pt", state(done, best, finished))
+            save(out / "last.pt", state(done, best, finished))
             left = min((run.steps - done) * (spent - earlier) / (done - start), limit - spent)
             tqdm.write(f"{run.mode}: step {done} of {run.steps}, {max(left, 0):.0f} s left; "
                        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -168,9 +167,6 @@ def plan(run, net, photos: int, start: int) -> str:
     limit = "" if run.minutes is None else f"; at most {run.minutes:.2g} minutes"
     return f"{text}{limit}; to {run.out}"
 
-
-# ---------------------------------------------------------------------------------------------
-# The programs
 
 def check(run):
     """Raises UserError now, not after minutes of other training, for a mistake in the settings or
