@@ -67,8 +67,8 @@ def default_clip(D: int) -> float:
 
 
 def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-    """log N(x; mu, sigma^2 I), averaged over the D dimensions, in float32: x and mu (B, 3, H, W),
-    sigma > 0 a scalar -> (B,).
+    """log N(x; mu, sigma^2 I) = -(x - mu)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2, in float32
+    and averaged over the D dimensions: x and mu (B, 3, H, W), sigma > 0 a scalar -> (B,).
     DDPO's and LRPO's code take the mean as well: with the sum over D the ratio overflows."""
     x, mu, sigma = x.float(), mu.float(), sigma.float()
     log_prob = -((x - mu) / sigma) ** 2 / 2 - torch.log(sigma) - math.log(2 * math.pi) / 2
@@ -94,8 +94,8 @@ def noise_level_weights(sigma: Tensor) -> Tensor:
 
 
 def clipped_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float):
-    """PPO's clipped objective with r = pi / pi_old; log_prob, old, advantage (B,) -> the loss (B,)
-    and the ratio r (B,)."""
+    """PPO's objective with r = pi / pi_old, -min(A r, A clip(r, 1 - clip, 1 + clip)); log_prob,
+    old, advantage (B,) -> the loss (B,) and the ratio r (B,), not clipped."""
     ratio = torch.exp(log_prob - old)
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
     return loss, ratio
@@ -121,10 +121,8 @@ class Transition:
 
 
 class LRPO:
-    """The paper's method. One `step` is one rollout and the optimiser steps on it.
-
-    `net` is trained in place. `reward(x, gt)` returns (total (B,), {name: (B,)}).
-    """
+    """The paper's method. One `step` is one rollout and the optimiser steps on it. `net` is trained
+    in place. `reward(x, gt)` returns (total (B,), {name: (B,)})."""
 
     def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, settings):
         self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
@@ -140,7 +138,8 @@ class LRPO:
 
     @torch.no_grad()
     def rollout(self, lq: Tensor) -> tuple[Tensor, list[Transition]]:
-        """Restore lq (B, 3, H, W): the results (B, 3, H, W), unclamped, and the steps to train."""
+        """Restore lq (B, 3, H, W): the results (B, 3, H, W), unclamped, and a Transition for each
+        step but the last, with action = mu + sigma z. The last step gives mu: it has sigma = 0."""
         x, steps = gaussian(lq, self.generator), []                     # x_T
         for t, s in self.schedule[:-1]:
             mu, sigma, x0_hat = self.policy(x, lq, t, s)
@@ -169,7 +168,8 @@ class LRPO:
             step.advantage = (A * w).clamp(-ADV_CLIP, ADV_CLIP)
 
     def gt_log_prob(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-        """log pi(x_gt_s | x_t, LQ) at the policy's own x_t, averaged over D: (B,)."""
+        """log pi(x_gt_s | x_t, LQ) = log N(x_gt_s; mu, sigma^2 I), averaged over D: (B,). x_gt_s,
+        kept in step.x_gt, is gt (B, 3, H, W), noised by `q_sample` to level s."""
         if step.x_gt is None:       # noised once for all updates of a rollout
             level = torch.full((len(gt),), step.s, device=gt.device)
             step.x_gt = self.diffusion.q_sample(gt, level, gaussian(gt, self.generator))

@@ -99,8 +99,8 @@ class BranchedLRPO(LRPO):
 
 
 def gaussian_kl(mu: Tensor, ref: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2 I) || N(ref, sigma^2 I)), averaged over the D dimensions, in nats: mu and
-    ref (B, 3, H, W) -> (B,)."""
+    """KL(N(mu, sigma^2 I) || N(ref, sigma^2 I)) = |mu - ref|^2 / (2 sigma^2), averaged over the D
+    dimensions instead of summed, in nats: mu and ref (B, 3, H, W) -> (B,)."""
     return (((mu - ref) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
 
 
