@@ -13,9 +13,10 @@ shared SFT checkpoint's sampler (support/frontier.py) a checkpoint lies, on new 
 """
 import argparse
 import ast
-import importlib.util
+import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from support.cli import (ModelSettings, UserError, add_flags, make_folder, positive, run_main,
@@ -23,10 +24,10 @@ from support.cli import (ModelSettings, UserError, add_flags, make_folder, posit
 from tools.exercise_list import EXERCISES, Exercise
 
 ROOT = Path(__file__).parents[1]
-CHECKS = "tests/exercise_checks.py"
 GUIDE = "docs/instructor.md"        # has the answers; a student's copy is without it
-COPIED = ("*.py", "support/*.py", "tools/*.py", CHECKS, "tests/requirements.txt", "README.md",
-          "LICENSE", "requirements.txt", ".gitignore", "docs/reference.md", "docs/*.png")
+COPIED = ("*.py", "support/*.py", "tools/*.py", "tests/exercise_checks.py", "tests/checks_*.py",
+          "tests/requirements.txt", "requirements.txt", "README.md", "LICENSE", ".gitignore",
+          "docs/reference.md", "docs/*.png")
 LEFT_OUT = ("tools/throughput.py", "docs/long.png", "docs/refl.png", "docs/refl_curves.png")
 SCORE_SEED = 1_000_003      # of the hidden faces, unless the instructor chooses another
 
@@ -92,18 +93,13 @@ def make(args):
 # ---------------------------------------------------------------------------------------------
 # The checks
 
-def load_checks():
-    """The module of the checks. By its path, because another package may be called tests."""
-    spec = importlib.util.spec_from_file_location("exercise_checks", ROOT / CHECKS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_check(checks, name: str) -> tuple[str, str]:
+def run_check(exercise: Exercise) -> tuple[str, str]:
     """("passed", "not done", "wrong" or "error", and what is to be said about it)."""
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tests"))
+    checks = importlib.import_module(f"checks_{exercise.set}")
     try:
-        getattr(checks, f"check_{name}")()
+        getattr(checks, f"check_{exercise.name}")()
     except NotImplementedError as error:
         return "not done", str(error)
     except AssertionError as error:
@@ -115,8 +111,7 @@ def run_check(checks, name: str) -> tuple[str, str]:
 
 def check(args):
     """Run the checks, print a table and the score, and write the JSON."""
-    chosen, checks = named(args.only), load_checks()
-    results = [(e, *run_check(checks, e.name)) for e in chosen]
+    results = [(e, *run_check(e)) for e in named(args.only)]
     for e, state, text in results:
         print(f"{e.name:20} {e.set:10} {state:9} {text if state != 'not done' else ''}".rstrip())
     passed = sum(state == "passed" for _, state, _ in results)
@@ -124,7 +119,8 @@ def check(args):
     if args.json:
         rows = [{"name": e.name, "score": int(state == "passed"), "max_score": 1,
                  "status": "passed" if state == "passed" else "failed",
-                 "output": f"{state}. {text}".strip(), "tags": [e.set]} for e, state, text in results]
+                 "output": f"{state}. {text}".strip(), "tags": [e.set]}
+                for e, state, text in results]
         make_folder(Path(args.json).parent, "--json")
         Path(args.json).write_text(json.dumps({"score": passed, "tests": rows}, indent=1) + "\n")
 
@@ -177,10 +173,9 @@ def score(args):
         both = list(zip(x.split(BATCH), gt.split(BATCH)))
         return {"psnr": torch.cat([psnr(a, b) for a, b in both]).cpu(),
                 "lpips": torch.cat([1 - lpips(a, b) for a, b in both]).cpu()}
-    K = state["args"]["ddim_steps"]
-    points = sampler_points(lambda *choice: measured(sft, *choice), [base["args"]["ddim_steps"]],
-                            EVAL_ETA)
-    rows = {"SFT": points[base["args"]["ddim_steps"], EVAL_ETA], "yours": measured(net, K, EVAL_ETA)}
+    K, base_K = (saved["args"]["ddim_steps"] for saved in (state, base))
+    points = sampler_points(lambda *choice: measured(sft, *choice), [base_K], EVAL_ETA)
+    rows = {"SFT": points[base_K, EVAL_ETA], "yours": measured(net, K, EVAL_ETA)}
     print(f"{args.n} drawn faces of seed {args.seed}, {sft.config.size} px, eta = {EVAL_ETA}")
     for label, row in rows.items():
         print(f"{label:6} PSNR {row['psnr'].mean():.2f} dB, LPIPS {row['lpips'].mean():.4f}")
