@@ -82,7 +82,9 @@ class BranchedLRPO(LRPO):
 
     @torch.no_grad()
     def rollout(self, lq: Tensor) -> tuple[Tensor, list[Transition]]:
-        """As LRPO.rollout. With the branch it is one trajectory for each group, then G members."""
+        """As LRPO.rollout, for lq (B, 3, H, W) of P groups of G equal images. Without the branch it
+        is that one. With it each group has one trajectory as far as the step `self.branch`, the
+        last but one, in which each of its G members draws its own noise: its single Transition."""
         if not self.branch:
             return super().rollout(lq)
         G = self.settings.group

@@ -36,7 +36,7 @@ def check_group_advantages():
     shaped(got, (3, 2), "The advantage")
     near(got.mean(1), torch.zeros(3), "Each image is compared with its own group: hard images "
          "should not count as bad samples, so that every group has the mean 0.", 1e-4)
-    got = lrpo.group_advantages(torch.full((2, 3), .7, dtype=torch.float32))
+    got = lrpo.group_advantages(torch.arange(.1, 1, .1)[:, None].repeat(1, 7))
     assert got.isfinite().all() and (got == 0).all(), \
         "A group whose rewards are all equal says nothing: its advantages are exactly 0."
     got = lrpo.group_advantages(torch.tensor([[.47, .49, .62]], dtype=torch.float64))
@@ -103,7 +103,7 @@ def reference_log_prob(x, mu, sigma):
 
 
 def check_rollout():
-    seen, lq, schedule = [], noise(0, 4, 3, 8, 8), [(9, 5), (5, 2), (2, 0), (0, -1)]
+    seen, lq, schedule = [], noise(0, 4, 3, 8, 8) / 2 + .3, [(9, 5), (5, 2), (2, 0), (0, -1)]
     weight = torch.tensor(.5, dtype=torch.float64, requires_grad=True)
     method = lrpo.LRPO.__new__(lrpo.LRPO)
     method.net, method.schedule, method.settings = None, schedule, Stub(eta=.7)
@@ -145,7 +145,7 @@ def check_gt_log_prob():
     def q_sample(x0, t, z):
         assert torch.is_tensor(t) and t.shape == (4,), "q_sample takes a level for each image."
         a = torch.tensor([abar[u] for u in t.tolist()]).double().view(-1, 1, 1, 1)
-        return a.sqrt() * x0 + (1 - a).sqrt() * z
+        return x0 * a ** .5 + z * (1 - a) ** .5
     method = lrpo.LRPO.__new__(lrpo.LRPO)
     method.diffusion, method.generator = Stub(q_sample=q_sample), torch.Generator().manual_seed(1)
     gt, mu = noise(0, 4, 3, 8, 8) + 5, noise(1, 4, 3, 8, 8).requires_grad_()
@@ -167,6 +167,44 @@ def check_gt_log_prob():
     near(got, reference_log_prob(first, mu, sigma), "This is not the likelihood of the noised "
          "ground truth under the policy's own mu and sigma.")
     assert got.requires_grad, "The gradient should reach the policy through its mu."
+
+
+def check_branch():
+    seen, G, schedule = [], 3, [(9, 5), (5, 2), (2, 0), (0, -1)]
+    lq = (noise(0, 4, 3, 8, 8) / 2 + .3).repeat_interleave(G, dim=0)
+    weight = torch.tensor(.5, dtype=torch.float64, requires_grad=True)
+    method = steered.BranchedLRPO.__new__(steered.BranchedLRPO)
+    method.net, method.schedule, method.branch = None, schedule, schedule[-2]
+    method.settings, method.generator = Stub(eta=.7, group=G), torch.Generator().manual_seed(1)
+    method.diffusion = fake_policy(schedule, seen, weight)
+    with patch.object(steered, "gaussian_log_prob", reference_log_prob), torch.enable_grad():
+        restored, steps = method.rollout(lq)
+    assert [(call.t, call.s) for call in seen] == schedule, \
+        "The policy acts once at each step of the schedule, in its order."
+    assert len(steps) == 1 and (steps[0].t, steps[0].s) == method.branch, \
+        "Only the step at the branch is trained: it is the single transition."
+    step, groups = steps[0], steps[0].x[::G]
+    shaped(step.x, (12, 3, 8, 8), "The state at the branch")
+    assert torch.equal(step.x, groups.repeat_interleave(G, dim=0)), \
+        "Up to the branch the members of a group share their state."
+    assert not torch.allclose(groups[0], groups[1]), "Different groups have different noise."
+    assert [len(call.x) for call in seen[:2]] == [4, 4], \
+        "Before the branch one trajectory is enough for each group: G of them cost G times as much."
+    starts_as_noise(seen[0].x, lq[::G])
+    check_walk(seen[:2], [seen[1].x, groups])
+    mu, sigma = seen[2].mu.repeat_interleave(12 // len(seen[2].mu), dim=0), seen[2].sigma
+    assert not torch.allclose(step.action[0], step.action[1]), \
+        "At the branch each member needs its own noise, or there is nothing to compare."
+    check_walk([Stub(mu=mu, sigma=sigma)], [step.action])
+    near(step.log_prob, reference_log_prob(step.action, mu, sigma), "log_prob should be that of "
+         "each member's action at the branch.")
+    assert torch.equal(seen[3].x, step.action), "After the branch each member goes its own way."
+    near(restored, seen[3].mu, "The last step arrives at the restored image: it adds no noise.")
+    assert not restored.requires_grad and not step.log_prob.requires_grad, \
+        "A rollout keeps no gradient: the old policy is a constant in the ratio."
+    method.branch = None
+    with patch.object(lrpo.LRPO, "rollout", lambda self, lq: "full"):
+        assert method.rollout(lq) == "full", "Without the branch it is the rollout of LRPO."
 
 
 def check_gaussian_kl():

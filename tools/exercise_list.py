@@ -107,8 +107,8 @@ EXERCISES = [
              ("It is the sampling loop, with a record of each step but the last.",
               "Store the state before the step, the action, and the log density that the policy "
               "gave to exactly this action; `policy` returns mu, sigma and x0_hat."),
-             f"{LRPO} {FULL} --out runs/lrpo_full",
-             "How much does the branch of our recipe gain over full trajectories?"),
+             f"{LRPO} --ddim_steps 3 --out runs/lrpo_k3",
+             "Is a policy of three steps as far beyond SFT's frontier as one of five?"),
     Exercise("gt_log_prob", "policy", "lrpo.LRPO.gt_log_prob", 15,
              "the ground truth as an action", "Return the likelihood of the noised ground truth.",
              ("An action lies at the level where the step arrives.",
@@ -117,6 +117,13 @@ EXERCISES = [
              f"{LRPO} --recipe paper --rewards default --lpips_net squeeze --batch_size 8 "
              "--ddim_steps 5 --lr 1e-4 --out runs/paper",
              "Does the paper's weight of the likelihood, .001, hold this policy?"),
+    Exercise("branch", "policy", "steered.BranchedLRPO.rollout", 25,
+             "a comparison of equals: one noise differs", "Sample groups that branch at one step.",
+             ("Which calls of the network can serve a whole group, and which cannot?",
+              "Before the branch walk with `super().policy` and lq[::G]; then repeat_interleave the "
+              "states, and go on with `self.policy` and all of lq."),
+             f"{LRPO} {FULL} --out runs/lrpo_full",
+             "Which part of the gain of our recipe is the branch's?"),
     Exercise("gaussian_kl", "policy", "steered.gaussian_kl", 5,
              "the distance of two policies", "Return the KL divergence of two Gaussians.",
              ("The two have one sigma, so only the means can differ.",
