@@ -16,11 +16,17 @@ def process(*abar):
     return d
 
 
+def called(*_):
+    """A network that should not be called."""
+    raise AssertionError("v is predicted by `self.predict`, which adds the prior to the network.")
+
+
 def check_schedule():
     d = model.Diffusion(model.Config())
     steps = d.schedule(5)
     assert isinstance(steps, list) and len(steps) == 5, "K = 5 should be a list of five steps."
     assert all(len(step) == 2 for step in steps), "A step is a pair (t, s): from t to s."
+    assert all(isinstance(step, tuple) for step in steps), "A step is a tuple (t, s)."
     assert all(t > s for t, s in steps), "A step goes from a noisier level t to a cleaner level s."
     assert all(a[0] > b[0] for a, b in zip(steps, steps[1:])), \
         "Sampling goes from noise to image: the order should be noisiest first."
@@ -74,8 +80,7 @@ def check_v_loss():
         seen.swapped = error + a * (seen.z - gt) - b * (gt - seen.z)
         return a * seen.z - b * gt + error
     d.predict = predict
-    loss = d.loss(None, lq, gt, torch.Generator().manual_seed(3))
-    assert hasattr(seen, "t"), "v should be predicted by `self.predict`, which adds the prior."
+    loss = d.loss(called, lq, gt, torch.Generator().manual_seed(3))
     assert seen.lq is lq, "The network restores lq: predict from it, not from the ground truth."
     assert seen.t.shape == (n,), "Each image should get its own level t, an int64 tensor (B,)."
     assert seen.t.unique().tolist() == list(range(T)), \
@@ -92,7 +97,7 @@ def check_v_loss():
     far(loss, mean(seen.swapped ** 2), "In the target, signal and noise have changed places.")
     near(loss, mean(error ** 2), "The target should be v of this image, this noise and this level.")
     t, z = seen.t, seen.z
-    d.loss(None, lq, gt, torch.Generator().manual_seed(3))
+    d.loss(called, lq, gt, torch.Generator().manual_seed(3))
     assert torch.equal(seen.t, t) and torch.allclose(seen.z, z), \
         "The same generator should give the same levels and noise: draw both from it."
 
@@ -100,6 +105,7 @@ def check_v_loss():
 def check_sigma():
     d = process(.9, .5, .1)
     got = d.sigma(2, 1, 1.0)
+    assert math.isfinite(got), "A step goes from the noisier t to the cleaner s: are they mixed up?"
     near(d.sigma(2, 1, 0.0), 0, "eta = 0 is the deterministic sampler: its sigma is 0.")
     near(d.sigma(2, -1, 1.0), 0, "The last step ends at the clean image, and adds no noise.")
     far(got, 4 / 9, "This is the variance; sigma is a standard deviation.")
@@ -142,7 +148,7 @@ def check_ddim_step():
         return signal * eps - rest * x0
     d.predict, d.sigma = predict, lambda t, s, eta: torch.tensor(.3 * eta + .1 * s)
     d.ddim_mean = lambda x0, eps, t, s, eta: math.sqrt(.5) * x0 + eta * eps - s
-    mu, sigma, x0_hat = d.ddim_step(None, x, lq, 2, 1, .7)
+    mu, sigma, x0_hat = d.ddim_step(called, x, lq, 2, 1, .7)
     assert seen.x is x and seen.lq is lq, "The network sees x_t and the low-quality image."
     assert torch.is_tensor(seen.t) and seen.t.shape == (2,) and (seen.t == 2).all(), \
         "The network takes t as a tensor (B,), the level before the step for each image."
@@ -160,15 +166,17 @@ def check_ddim_step():
 
 def check_sample():
     seen, lq = [], noise(0, 4, 3, 8, 8) / 2 + .3
-    weight = torch.tensor(.5, dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor(.9, dtype=torch.float64, requires_grad=True)
     d, fake = process(.9), fake_policy([(9, 5), (5, 2), (2, -1)], seen, weight)
     d.schedule, d.ddim_step = fake.schedule, fake.ddim_step
     run = lambda: d.sample(None, lq, 3, .7, torch.Generator().manual_seed(1))
+    torch.manual_seed(4)            # of the global generator, which no one should use
     with torch.enable_grad():
         x = run()
     assert [(call.t, call.s) for call in seen] == [(9, 5), (5, 2), (2, -1)], \
         "The steps should be those of the schedule, in its order."
     assert {call.eta for call in seen} == {.7}, "Each step needs the eta that was asked for."
+    assert all(torch.equal(call.lq, lq) for call in seen), "The network sees lq at each step."
     starts_as_noise(seen[0].x, lq)
     check_walk(seen, [call.x for call in seen[1:]])
     assert x.min() >= -1 and x.max() <= 1, "A restored image should be clamped to [-1, 1]."

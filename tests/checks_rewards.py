@@ -41,7 +41,7 @@ def check_ssim():
          "flat images have a SSIM in closed form. Does the window reach over the border, where "
          "padding changes the means? Or does a constant belong to another data range?")
     near(got, scikit_ssim(*shown), "Means, variances, covariance: one of them is not the weighted "
-         "mean under the Gaussian window.")
+         "mean under the Gaussian window.", 1e-4)
 
 
 def reference_low_pass(x):
@@ -95,7 +95,7 @@ def check_pair_loss():
     near(wrong, 1000, "For a surely wrong order the loss should grow with the distance.")
 
 
-def late_method(seen, weight=.5):
+def late_method(seen, weight=.9):
     method = refl.ReFL.__new__(refl.ReFL)
     method.schedule, method.net = [(9, 5), (5, 2), (2, 0), (0, -1)], None
     method.diffusion = fake_policy(method.schedule, seen, weight)
@@ -104,24 +104,27 @@ def late_method(seen, weight=.5):
 
 def check_roll():
     lq, calls = noise(0, 4, 3, 8, 8) / 2 + .3, []
-    method = late_method(calls, torch.tensor(.5, dtype=torch.float64, requires_grad=True))
-    runs = []
-    for _ in range(2):
+    method = late_method(calls, torch.tensor(.9, dtype=torch.float64, requires_grad=True))
+    runs, etas = [], []
+    for other in (4, 5):
+        torch.manual_seed(other)
         method.generator = torch.Generator().manual_seed(1)
         calls.clear()
         with torch.enable_grad():
             runs.append(method.roll(lq, 3))
-        torch.manual_seed(5)
+        etas.append([float(call.eta) for call in calls])
     x = runs[1]
     assert [(call.t, call.s) for call in calls] == method.schedule[:3], \
         "To get to step k, take the k steps of the schedule before it, in its order."
     starts_as_noise(calls[0].x, lq)
-    assert len({float(call.eta) for call in calls}) == 3, "Each step has a new eta."
-    assert all(0 <= call.eta <= 1 for call in calls), "eta is uniform in [0, 1]."
+    assert len({*etas[1]}) == 3, "Each step has a new eta."
+    assert all(0 <= eta <= 1 for eta in etas[1]), "eta is uniform in [0, 1]."
+    assert all(torch.equal(call.lq, lq) for call in calls), "The network sees lq at each step."
     check_walk(calls, [call.x for call in calls[1:]] + [x])
     assert not x.requires_grad, \
         "Only the late step has a gradient: through all steps the memory grows with K."
-    assert torch.equal(*runs), "The same generator should give the same state: draw from it."
+    assert torch.equal(*runs) and etas[0] == etas[1], \
+        "The same generator should give the same state: draw noise and eta from it."
     starts_as_noise(method.roll(lq, 0), lq)
 
 
@@ -162,8 +165,8 @@ def check_refl_losses():
         struct = refl.structure_loss(net(x, lq, torch.tensor([2, 2])), gt)
     out = net(x, lq, torch.tensor([2, 2]))
     assert {(call.t, call.s) for call in calls} == {(2, 0)}, "The step with gradient is step k."
-    assert [*losses] == ["reward", "struct", "reg", "denoise"], \
-        "The losses are named reward, struct, reg and denoise, in this order."
+    assert {*losses} == {"reward", "struct", "reg", "denoise"}, \
+        "The losses are named reward, struct, reg and denoise."
     assert "denoise" not in others, "With denoise_weight 0 the supervised loss is not computed."
     assert not any(losses[name].shape for name in losses), "Each loss should be a scalar."
     near(x0_hat, out, "x0_hat is what the step predicts of the clean image, and not its mean mu.")
@@ -212,7 +215,7 @@ def check_update_frm():
     method, judge = late_method([]), Judge()
     method.frm, method.frm_optimizer = judge, torch.optim.SGD([judge.w], lr=.1)
     judge.w.grad = torch.full((3,), 100.).double()              # of another time
-    gt, restored, lq = (noise(seed, 4, 3, 4, 4) + seed for seed in (1, 2, 3))
+    gt, restored, lq = (noise(seed, 9, 3, 4, 4) for seed in (1, 2, 3))
     w = judge.w.clone().requires_grad_()
     a, b, c = (u.mean((2, 3)) @ w for u in (gt, restored, lq))
     logit = torch.special.expit

@@ -52,6 +52,7 @@ def fake_policy(schedule, seen, weight):
 def starts_as_noise(x, lq):
     assert abs(x.mean()) < .1 and abs(x.std() - 1) < .1 and x.shape == lq.shape, \
         "Sampling should start at pure noise, which does not depend on lq."
+    assert not torch.equal(x[0], x[1]), "Each image starts at its own noise."
 
 
 def check_walk(seen, states):
@@ -63,5 +64,9 @@ def check_walk(seen, states):
         drawn.append((x - call.mu) / call.sigma)
         assert .85 < drawn[-1].std() < 1.15 and abs(drawn[-1].mean()) < .15, \
             "The noise of a step should have the standard deviation sigma of this very step."
+        assert not torch.allclose(drawn[-1][0], drawn[-1][1]), "Each image needs its own noise."
     assert not any(torch.allclose(a, b) for a, b in zip(drawn, drawn[1:])), \
         "Each step needs fresh noise."
+    for call, z in zip(seen, drawn):
+        assert abs(torch.corrcoef(torch.stack([z.flatten(), call.mu.flatten()]))[0, 1]) < .2, \
+            "A step adds its noise to the mean as it is, and the noise does not depend on it."

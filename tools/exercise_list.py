@@ -120,8 +120,8 @@ EXERCISES = [
     Exercise("branch", "policy", "steered.BranchedLRPO.rollout", 25,
              "a comparison of equals: one noise differs", "Sample groups that branch at one step.",
              ("Which calls of the network can serve a whole group, and which cannot?",
-              "Before the branch walk with `super().policy` and lq[::G]; then repeat_interleave the "
-              "states, and go on with `self.policy` and all of lq."),
+              "Before the branch walk with `super().policy` and lq[::G]; then repeat_interleave "
+              "the states, and go on with `self.policy` and all of lq."),
              f"{LRPO} {FULL} --out runs/lrpo_full",
              "Which part of the gain of our recipe is the branch's?"),
     Exercise("gaussian_kl", "policy", "steered.gaussian_kl", 5,
