@@ -30,7 +30,7 @@ def check_ssim():
     shaped(got, (3,), "SSIM")
     near(rewards.ssim(x, x), torch.ones(3), "An image is equal to itself: SSIM is 1.")
     for wrong in (scikit_ssim(x, y, data_range=2), scikit_ssim(*shown, data_range=2),
-                  scikit_ssim(x, y)):
+                  scikit_ssim(x, y), scikit_ssim(x + 1, y + 1)):
         far(got, wrong, "The images and the constants C1 and C2 have to be of one data range: in "
             "which range do the images come, and in which are the constants?")
     far(got, scikit_ssim(*shown, use_sample_covariance=True), "Wang's variances and covariance are "
@@ -39,7 +39,7 @@ def check_ssim():
         "pixels at its middle count more.")
     near(rewards.ssim(.2 * flat, -.6 * flat), [(2 * .6 * .2 + 1e-4) / (.36 + .04 + 1e-4)], "Two "
          "flat images have a SSIM in closed form. Does the window reach over the border, where "
-         "padding changes the means? Or does a constant belong to another data range?")
+         "padding changes the means? Or does a constant belong to another data range?", 1e-4)
     near(got, scikit_ssim(*shown), "Means, variances, covariance: one of them is not the weighted "
          "mean under the Gaussian window.", 1e-4)
 

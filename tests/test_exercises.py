@@ -175,7 +175,7 @@ def test_the_score_is_the_distance_beyond_the_sft_samplers_frontier(tmp_path, ca
              "--n", "4", "--device", "cpu"]
     args = exercises.parser().parse_args(given)
     capsys.readouterr()
-    with patch("support.lpips_reward.LPIPS", Likeness):
+    with patch("tools.exercise_score.LPIPS", Likeness):
         exercises.score(args)
         said = capsys.readouterr().out.splitlines()
         assert said[1].split()[1:] == said[2].split()[1:]       # SFT against itself
@@ -183,6 +183,9 @@ def test_the_score_is_the_distance_beyond_the_sft_samplers_frontier(tmp_path, ca
         args.ckpt = str(tmp_path / "wide/last.pt")
         with pytest.raises(UserError, match="another network .* in channels"):
             exercises.score(args)
+        with installed(BY_NAME["sample"].place, missing), \
+                pytest.raises(UserError, match="needs the finished code"):
+            exercises.score(exercises.parser().parse_args(given))
 
 
 # ---------------------------------------------------------------------------------------------

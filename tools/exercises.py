@@ -8,8 +8,7 @@
 
 Run them in the folder of the project or of the copy. `check` runs every exercise by itself: no
 check needs the solution of another exercise. The JSON has the fields that Gradescope reads.
-`score` is for the open assignment, to find the best restorer: how far beyond the frontier of the
-shared SFT checkpoint's sampler (support/frontier.py) a checkpoint lies, on new drawn faces.
+`score` is for the open assignment, to train the best restorer.
 """
 import argparse
 import ast
@@ -29,7 +28,7 @@ COPIED = ("*.py", "support/*.py", "tools/*.py", "tests/exercise_checks.py", "tes
           "tests/requirements.txt", "requirements.txt", "README.md", "LICENSE", ".gitignore",
           "docs/reference.md", "docs/*.png")
 LEFT_OUT = ("tools/throughput.py", "docs/long.png", "docs/refl.png", "docs/refl_curves.png")
-SCORE_SEED = 1_000_003      # of the hidden faces, unless the instructor chooses another
+SCORE_SEED = 1_000_003      # of the new faces, unless the instructor chooses another
 
 
 def named(names: list[str]) -> list[Exercise]:
@@ -141,47 +140,13 @@ def hint(args):
     print(named([args.name])[0].hints[args.number - 1])
 
 
-# ---------------------------------------------------------------------------------------------
-# The open assignment
-
 def score(args):
-    """Print PSNR, LPIPS and the distance beyond the SFT sampler's frontier. Raises UserError if the
-    two checkpoints hold different networks, or if LPIPS cannot be had."""
-    import torch        # here, because torch is slow to import and the other commands are quick
-
-    from model import BATCH, EVAL_ETA, load_restorer, restore
-    from rewards import psnr
-    from support.checkpoint import pick_device
-    from support.data import Photos, pairs
-    from support.frontier import distances_beyond, sampler_points, verdict
-    from support.lpips_reward import LPIPS
-
-    device = pick_device(args.device)
-    (net, state), (sft, base) = (load_restorer(path, device, flag) for path, flag in
-                                 ((args.ckpt, "score"), (args.sft, "--sft")))
-    other = [name for name, value in vars(sft.config).items() if getattr(net.config, name) != value]
-    if other:
-        raise UserError(f"score {args.ckpt}: another network than that of --sft {args.sft}, in "
-                        f"{', '.join(other)}; train one that starts from it")
-    lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
-    photos = Photos.drawn(args.n, args.seed, sft.config.size, "train")
-    lq, gt = (u.to(device) for u in pairs(photos, range(args.n), args.seed, epoch=0))
-
-    @torch.no_grad()
-    def measured(net, K, eta):
-        x = restore(net, lq, K, eta, args.seed)
-        both = list(zip(x.split(BATCH), gt.split(BATCH)))
-        return {"psnr": torch.cat([psnr(a, b) for a, b in both]).cpu(),
-                "lpips": torch.cat([1 - lpips(a, b) for a, b in both]).cpu()}
-    K, base_K = (saved["args"]["ddim_steps"] for saved in (state, base))
-    points = sampler_points(lambda *choice: measured(sft, *choice), [base_K], EVAL_ETA)
-    rows = {"SFT": points[base_K, EVAL_ETA], "yours": measured(net, K, EVAL_ETA)}
-    print(f"{args.n} drawn faces of seed {args.seed}, {sft.config.size} px, eta = {EVAL_ETA}")
-    for label, row in rows.items():
-        print(f"{label:6} PSNR {row['psnr'].mean():.2f} dB, LPIPS {row['lpips'].mean():.4f}")
-    distance, error = distances_beyond({"yours": rows["yours"]}, points, "lpips")["yours"]
-    print(verdict("yours", "lpips", distance, error))
-    print(f"score: {distance:+.4f} ± {error:.4f}")
+    """Print the score of a checkpoint, as tools/exercise_score.py says."""
+    from tools.exercise_score import score_checkpoint   # here: torch is slow to import
+    try:
+        score_checkpoint(args)
+    except NotImplementedError as error:
+        raise UserError(f"{error} The score needs the finished code.") from None
 
 
 def parser() -> argparse.ArgumentParser:
