@@ -133,6 +133,8 @@ def show(args):
             file = e.place.split(".")[0] + ".py"
             print(f"  {e.name}, {e.minutes} min, {file}: {e.teaches}\n      {e.task}\n"
                   f"      Then try: {e.experiment}\n      {e.question}")
+    print("\nAfter a training run: python evaluate.py --ckpt runs/sft/last.pt runs/NAME/last.pt "
+          "--frontier")
 
 
 def hint(args):
