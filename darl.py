@@ -67,8 +67,9 @@ class DARLSettings(BranchedSettings):
 def blend_weight(rho: Tensor, blend: str) -> Tensor:
     """lambda, the share of RL, from the relative difficulty rho: (P,) -> (P,) in [0, 1].
 
-    "adaptive" is the method: 1/2 at the mean difficulty, towards 1 for hard images. "hard" and
-    "easy" use RL on one side of the mean only; a number is the share of every image."""
+    "adaptive" is the method, rho / (1 + rho): 1/2 at the mean difficulty, towards 1 for hard
+    images. "hard" is RL alone (1) where rho > 1 and 0 elsewhere, "easy" the reverse of it; a number
+    is the share of every image."""
     if blend == "adaptive":
         return rho / (1 + rho)
     if blend in ("hard", "easy"):

@@ -147,7 +147,8 @@ def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
 
 
 def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
-    """-log P(better preferred to worse) in the Bradley-Terry model, from scores (B,): a scalar."""
+    """-log P(better preferred to worse) in the Bradley-Terry model, P = sigmoid(better - worse),
+    from scores (B,): the mean over the pairs, a scalar."""
     return F.softplus(worse - better).mean()
 
 

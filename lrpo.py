@@ -63,8 +63,8 @@ class LRPOSettings:
 
 
 def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-    """log N(x; mu, sigma^2 I), averaged over the D dimensions, in float32: x and mu (B, 3, H, W),
-    sigma > 0 a scalar -> (B,).
+    """log N(x; mu, sigma^2 I) = -(x - mu)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2, in float32
+    and averaged over the D dimensions: x and mu (B, 3, H, W), sigma > 0 a scalar -> (B,).
     DDPO's and LRPO's code take the mean as well: with the sum over D the ratio overflows."""
     x, mu, sigma = x.float(), mu.float(), sigma.float()
     log_prob = -((x - mu) / sigma) ** 2 / 2 - torch.log(sigma) - math.log(2 * math.pi) / 2
@@ -90,8 +90,8 @@ def noise_level_weights(sigma: Tensor) -> Tensor:
 
 
 def clipped_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float):
-    """PPO's clipped objective with r = pi / pi_old; log_prob, old, advantage (B,) -> the loss (B,)
-    and the ratio r (B,)."""
+    """PPO's objective with r = pi / pi_old, -min(A r, A clip(r, 1 - clip, 1 + clip)); log_prob,
+    old, advantage (B,) -> the loss (B,) and the ratio r (B,), not clipped."""
     ratio = torch.exp(log_prob - old)
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
     return loss, ratio
@@ -117,10 +117,8 @@ class Transition:
 
 
 class LRPO:
-    """The paper's method. One `step` is one rollout and the optimiser steps on it.
-
-    `net` is trained in place. `reward(x, gt)` returns (total (B,), {name: (B,)}).
-    """
+    """The paper's method. One `step` is one rollout and the optimiser steps on it. `net` is trained
+    in place. `reward(x, gt)` returns (total (B,), {name: (B,)})."""
 
     def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, settings):
         self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
@@ -135,7 +133,8 @@ class LRPO:
 
     @torch.no_grad()
     def rollout(self, lq: Tensor) -> tuple[Tensor, list[Transition]]:
-        """Restore lq (B, 3, H, W): the results (B, 3, H, W), unclamped, and the steps to train."""
+        """Restore lq (B, 3, H, W): the results (B, 3, H, W), unclamped, and a Transition for each
+        step but the last, with action = mu + sigma z. The last step gives mu: it has sigma = 0."""
         x, steps = gaussian(lq, self.generator), []                     # x_T
         for t, s in self.schedule[:-1]:
             mu, sigma, x0_hat = self.policy(x, lq, t, s)
@@ -164,7 +163,8 @@ class LRPO:
             step.advantage = (A * w).clamp(-ADV_CLIP, ADV_CLIP)
 
     def gt_log_prob(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-        """log pi(x_gt_s | x_t, LQ) at the policy's own x_t, averaged over D: (B,)."""
+        """log pi(x_gt_s | x_t, LQ) = log N(x_gt_s; mu, sigma^2 I), averaged over D: (B,). x_gt_s,
+        kept in step.x_gt, is gt (B, 3, H, W), noised by `q_sample` to level s."""
         if step.x_gt is None:       # noised once for all updates of a rollout
             level = torch.full((len(gt),), step.s, device=gt.device)
             step.x_gt = self.diffusion.q_sample(gt, level, gaussian(gt, self.generator))
@@ -201,31 +201,30 @@ class LRPO:
         n = self.settings.steps_per_update or len(steps)
         seen = [[self.update(steps[i:i + n], lq, gt) for i in range(0, len(steps), n)]
                 for _ in range(self.settings.updates)]                  # a list for each pass
-        first, last = seen[0][0]["log_ratio"].exp(), seen[-1]
-        log_ratio = torch.cat([u.pop("log_ratio") for u in last])       # (n, B), the last pass
-        ratio = log_ratio.exp()
+        first, last = seen[0][0]["ratio"], seen[-1]
+        ratio = torch.cat([u.pop("ratio") for u in last])               # (n, B), the last pass
         std = R.view(-1, G).std(dim=1, correction=0)                    # (P,)
         return {"reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
                 "reward_std": std.mean(), "equal_groups": (std < MIN_STD).float().mean(),
                 **{k: torch.stack([u[k] for u in last]).mean() for k in last[0]},
                 "first_off_max": (first - 1).abs().max(),
                 "ratio_mean": ratio.mean(), "ratio_max": ratio.max(),
-                "clip_fraction": ((ratio - 1).abs() > self.clip).float().mean(),
-                "approx_kl": -log_ratio.mean()}         # E_old log(pi_old / pi), per dimension
+                "clip_fraction": ((ratio - 1).abs() > self.clip).float().mean()}
 
     def update(self, steps: list[Transition], lq: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """One optimiser step on the mean loss of `steps`. Returns the terms of the loss, scalars,
-        and the logarithm of the ratio (n, B) before it."""
+        and the ratio (n, B) before it."""
         self.optimizer.zero_grad()
-        seen, log_ratios = [], []
+        seen, ratios = [], []
         for step in steps:
             mu, sigma, _ = self.policy(step.x, lq, step.t, step.s)
             log_prob = gaussian_log_prob(step.action, mu, sigma)                # (B,)
-            pg, _ = clipped_loss(log_prob, step.log_prob, step.advantage, self.clip)
+            pg, ratio = clipped_loss(log_prob, step.log_prob, step.advantage, self.clip)
             loss, terms = self.loss(step, lq, gt, mu, sigma, pg)
             (loss / len(steps)).backward()
+            ratios.append(ratio.detach())
+            terms["approx_kl"] = (step.log_prob - log_prob).mean()      # KL(pi_old || pi) / D
             seen.append({k: v.detach() for k, v in terms.items()})
-            log_ratios.append((log_prob - step.log_prob).detach())
         metrics = {k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]}
         grad_norm = optimiser_step(self.optimizer, self.scores | metrics, MAX_GRAD_NORM)
-        return {**metrics, "grad_norm": grad_norm, "log_ratio": torch.stack(log_ratios)}
+        return {**metrics, "grad_norm": grad_norm, "ratio": torch.stack(ratios)}

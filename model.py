@@ -124,8 +124,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(config.channels, cemb), nn.SiLU(),
                                   nn.Linear(cemb, cemb), nn.SiLU())
         self.stem = nn.Conv2d(2 * 3 * p2, widths[0], 3, padding=1)
-        attend = lambda level, c: (Attention(c) if level >= depth - config.attention
-                                   else nn.Identity())
+        attend = lambda i, c: Attention(c) if i >= depth - config.attention else nn.Identity()
 
         self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [widths[0]], widths[0]
         for level, width in enumerate(widths):
@@ -187,17 +186,16 @@ class Diffusion:
         return self.abar[t].to(like.dtype).view(-1, 1, 1, 1)
 
     def q_sample(self, x0: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_0), with z the standard normal noise (DDPM eq. 4)."""
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) z, for noise z ~ N(0, I) (DDPM eq. 4): x0 and
+        z (B, 3, H, W), t (B,) -> (B, 3, H, W)."""
         a = self.abar_at(t, x0)
         return a.sqrt() * x0 + (1 - a).sqrt() * z
 
     def prior_v(self, x: Tensor, lq: Tensor, t: Tensor) -> Tensor:
         """v of the posterior mean E[x_0 | x_t] under x_0 ~ N(LQ, prior^2 I): (B, 3, H, W).
-
         The network learns the difference to this prior prediction. It is EDM's skip connection
         (Karras et al. 2022, table 1, c_skip alone) with the mean LQ instead of 0. prior = 0.15 is
-        the measured root mean square of GT - LQ. It gains 2.8 dB in 800 SFT steps of 16 faces.
-        """
+        the measured root mean square of GT - LQ. It gains 2.8 dB in 800 SFT steps of 16 faces."""
         a = self.abar_at(t, x)
         k = self.prior ** 2 / (self.prior ** 2 + (1 - a) / a)   # weight of x_t against LQ
         x0 = lq + k * (x / a.sqrt() - lq)
@@ -210,7 +208,8 @@ class Diffusion:
         return out + self.prior_v(x, lq, t) if self.prior else out
 
     def loss(self, net, lq: Tensor, gt: Tensor, generator: torch.Generator) -> Tensor:
-        """The supervised loss, the mean squared error of v at a uniform t: (B,)."""
+        """The supervised loss, the mean squared error of `predict` against v = sqrt(abar_t) z -
+        sqrt(1 - abar_t) gt at x_t, for uniform t and noise z: lq, gt (B, 3, H, W) -> (B,)."""
         t = share(torch.randint(self.T, (whole(len(gt)),), generator=generator)).to(gt.device)
         z = gaussian(gt, generator)
         a = self.abar_at(t, gt)
@@ -219,8 +218,8 @@ class Diffusion:
         return (out - v).square().mean(dim=(1, 2, 3))
 
     def schedule(self, K: int) -> list[tuple[int, int]]:
-        """K sampling steps (t, s), noisiest first, evenly spaced, the last with s = -1. Raises
-        UserError unless 1 <= K <= T."""
+        """K sampling steps (t, s), noisiest first: t = round(T (K - k) / K) - 1 for k = 0 .. K-1, s
+        is the next t, the last s is -1. Raises UserError unless 1 <= K <= T."""
         if not 1 <= K <= self.T:
             raise UserError(f"--ddim_steps: the number of sampling steps is 1 to {self.T}, not {K}")
         tau = [round(self.T * (K - k) / K) - 1 for k in range(K)] + [-1]
@@ -232,14 +231,15 @@ class Diffusion:
         return abar[t], abar[s] if s >= 0 else torch.ones_like(abar[t])
 
     def sigma(self, t: int, s: int, eta: float) -> Tensor:
-        """Standard deviation of the step t -> s (DDIM eq. 16), a float64 scalar. It is 0 for
-        eta = 0 and in the last step, s = -1."""
+        """Standard deviation of the step t -> s, eta sqrt((1 - abar_s) / (1 - abar_t))
+        sqrt(1 - abar_t / abar_s) (DDIM eq. 16), a float64 scalar; 0 in the last step, s = -1."""
         a, a_prev = self.levels(t, s)
         return eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()
 
     def ddim_mean(self, x0: Tensor, eps: Tensor, t: int, s: int, eta: float) -> Tensor:
-        """Mean of the step t -> s, given the clean image x0 and the noise eps (DDIM eq. 12), all
-        (B, 3, H, W)."""
+        """Mean of the step t -> s, sqrt(abar_s) x0 + sqrt(1 - abar_s - sigma^2) eps (DDIM eq. 12),
+        from the clean image x0 and the noise eps, all (B, 3, H, W). Rounding may make the second
+        root's argument negative: it counts as 0."""
         _, a_prev = self.levels(t, s)
         direction = (1 - a_prev - self.sigma(t, s, eta) ** 2).clamp(min=0).sqrt()
         return a_prev.sqrt() * x0 + direction * eps
@@ -251,10 +251,9 @@ class Diffusion:
         return self.ddim_mean(x0, (x - a.sqrt() * x0) / (1 - a).sqrt(), t, s, eta)
 
     def ddim_step(self, net, x: Tensor, lq: Tensor, t: int, s: int, eta: float):
-        """One step t -> s as a Gaussian (DDIM eq. 12 and 16): x_s ~ N(mu, sigma^2 I).
-
-        Returns mu (B, 3, H, W), sigma (a float64 scalar), x0_hat (B, 3, H, W), not clamped.
-        """
+        """One step t -> s as a Gaussian (DDIM eq. 12 and 16): x_s ~ N(mu, sigma^2 I), with
+        eps = sqrt(abar_t) v + sqrt(1 - abar_t) x and x0_hat = sqrt(abar_t) x - sqrt(1 - abar_t) v.
+        Returns mu (B, 3, H, W), sigma (a float64 scalar), x0_hat (B, 3, H, W), not clamped."""
         level = torch.full((len(x),), t, device=x.device)
         a, v = self.abar_at(level, x), self.predict(net, x, lq, level)
         eps, x0_hat = a.sqrt() * v + (1 - a).sqrt() * x, a.sqrt() * x - (1 - a).sqrt() * v
@@ -262,7 +261,8 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, net, lq: Tensor, K: int, eta: float, generator: torch.Generator) -> Tensor:
-        """Restore lq (B, 3, H, W) in K steps, clamped to [-1, 1]."""
+        """Restore lq (B, 3, H, W) in K steps, clamped to [-1, 1]: from noise, x_s = mu + sigma z at
+        each step, mu alone at the last."""
         x = gaussian(lq, generator)
         for t, s in self.schedule(K):
             mu, sigma, _ = self.ddim_step(net, x, lq, t, s, eta)

@@ -117,8 +117,8 @@ class ReFL:
 
     @torch.no_grad()
     def roll(self, lq: Tensor, k: int) -> Tensor:
-        """From noise to x_t before sampling step k, with a new eta ~ U(0, 1) at each step: lq
-        (B, 3, H, W) -> (B, 3, H, W)."""
+        """From noise to x_t before sampling step k (the first k steps of the schedule), x_s = mu +
+        sigma z with a new eta ~ U(0, 1) at each step: lq (B, 3, H, W) -> (B, 3, H, W)."""
         x = gaussian(lq, self.generator)
         for t, s in self.schedule[:k]:
             eta = torch.rand((), generator=self.generator).item()
@@ -127,8 +127,13 @@ class ReFL:
         return x
 
     def losses(self, x: Tensor, lq: Tensor, gt: Tensor, k: int):
-        """Step k with gradient, from x_t: every loss, a scalar without its weight, by name; x0_hat
-        (B, 3, H, W); the terms of the reward, (B,) each, by name."""
+        """Step k with gradient, from x_t (eta = 0): every loss, a scalar without its weight, by
+        name; x0_hat (B, 3, H, W); the terms of the reward, (B,) each, by name. The losses are
+        "reward", the sum of w (1 - term) over the terms of weight w, which is the sum of the
+        weights minus the mean total; "struct", `structure_loss` of x0_hat; "reg", by settings.reg
+        the `weight_distance` from the frozen network, or the `feature_distance` of the two networks
+        in this step, their `block_outputs`; "denoise", the mean of `Diffusion.loss`, only if
+        settings.denoise_weight is not 0."""
         t, s = self.schedule[k]
         with block_outputs(self.net) as features:
             _, _, x0_hat = self.diffusion.ddim_step(self.net, x, lq, t, s, eta=0)
@@ -166,8 +171,10 @@ class ReFL:
         return to_floats(stats) | {"late_step": k}
 
     def update_frm(self, restored: Tensor, lq: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        """The dynamic reward model: one step on (photo preferred to its restoration) and (photo
-        preferred to its degraded self), images (B, 3, H, W). Returns the metrics."""
+        """The dynamic reward model: one step of `frm_optimizer` on the mean of two pair losses of
+        the scores, (photo preferred to its restoration) and (photo preferred to its degraded self),
+        images (B, 3, H, W). `frm.trained()` needs gradients for it, and none after it. Returns the
+        metrics: frm_loss, and frm_accuracy, the share of photos scored above their restoration."""
         for p in self.frm.trained():
             p.requires_grad_(True)
         photo, worse, worst = (self.frm.score(u) for u in (gt, restored, lq))   # (B,) each

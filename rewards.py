@@ -37,7 +37,9 @@ SSIM_C1, SSIM_C2 = 0.01 ** 2, 0.03 ** 2     # the same, for a data range of 1
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity of images (B, 3, H, W) in [-1, 1], H and W at least 11: (B,) in
     [-1, 1]. Gaussian window, no padding, mean over RGB: scikit-image's with gaussian_weights and
-    without sample covariance."""
+    without sample covariance. With means m, variances v and the covariance cov under the window w
+    (cov = sum w x y - m_x m_y), for images rescaled to [0, 1], SSIM is the mean of
+    (2 m_x m_y + C1) (2 cov + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2))."""
     dtype = x.dtype
     if x.is_cuda:       # a GPU's convolutions use TF32, whose rounding moves SSIM by .01
         x, y = x.double(), y.double()
@@ -71,7 +73,8 @@ def low_pass(x: Tensor) -> Tensor:
 
 
 def dwt(x: Tensor, y: Tensor) -> Tensor:
-    """LRPO's low-pass fidelity exp(-60 L1) of images (B, 3, H, W) in [-1, 1]: (B,) in (0, 1]."""
+    """LRPO's low-pass fidelity exp(-60 L1), L1 the mean absolute difference of the low-pass bands,
+    in units of [0, 1]; images (B, 3, H, W) in [-1, 1] -> (B,) in (0, 1]."""
     l1 = (low_pass(x) - low_pass(y)).abs().mean(dim=(1, 2, 3)) / 2      # /2: [-1, 1] to [0, 1]
     return torch.exp(-LOW_PASS_SHARPNESS * l1)
 

@@ -83,7 +83,9 @@ class BranchedLRPO(LRPO):
 
     @torch.no_grad()
     def rollout(self, lq: Tensor) -> tuple[Tensor, list[Transition]]:
-        """As LRPO.rollout. With the branch it is one trajectory for each group, then G members."""
+        """As LRPO.rollout, for lq (B, 3, H, W) of P groups of G equal images. Without the branch it
+        is that one. With it each group has one trajectory as far as the step `self.branch`, the
+        last but one, in which each of its G members draws its own noise: its single Transition."""
         if not self.branch:
             return super().rollout(lq)
         G = self.settings.group
@@ -100,8 +102,8 @@ class BranchedLRPO(LRPO):
 
 
 def gaussian_kl(mu: Tensor, ref: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2 I) || N(ref, sigma^2 I)), averaged over the D dimensions, in nats: mu and
-    ref (B, 3, H, W) -> (B,)."""
+    """KL(N(mu, sigma^2 I) || N(ref, sigma^2 I)) = |mu - ref|^2 / (2 sigma^2), averaged over the D
+    dimensions instead of summed, in nats: mu and ref (B, 3, H, W) -> (B,)."""
     return (((mu - ref) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
 
 

@@ -1,9 +1,9 @@
 """The frontier between distortion and perception that the sampler of one checkpoint spans.
 
 Idea     A diffusion restorer trades fidelity for perceptual quality without any training: fewer
-         steps or a lower eta give a higher PSNR and a worse LPIPS (Blau & Michaeli 2018, arXiv
-         1711.06077, prove that such a trade-off exists). A method has gained something only if it
-         lies beyond that frontier. `evaluate.py --frontier` draws it.
+         steps give a higher PSNR and a worse LPIPS, and so does more noise (eta), but little (Blau
+         & Michaeli 2018, arXiv 1711.06077, prove that such a trade-off exists). A method has gained
+         something only if it lies beyond that frontier. `evaluate.py --frontier` draws it.
 Steps    1. Restore the held-out images with every (K, eta).         `sampler_points`
          2. Keep the upper concave hull of their (PSNR, quality).    `hull`
          3. Measure how far above it a method lies, at its own PSNR. `beyond`

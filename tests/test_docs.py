@@ -89,18 +89,29 @@ class Captured(Exception):
     """Carries the parser of a program whose main() has begun to parse."""
 
 
+def flags_of(parser) -> set[str]:
+    """The flags of a program and of its commands."""
+    found = {*parser._option_string_actions}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= set().union(*map(flags_of, action.choices.values()))
+    return found
+
+
 def tool_flags(name: str, monkeypatch) -> set[str]:
     """The flags of tools/NAME.py, whether it has a function parser() or parses in main()."""
     def capture(parser, *_):
         raise Captured(parser)
     module = importlib.import_module(f"tools.{name}")
+    if not hasattr(module, "main"):
+        return set()
     if hasattr(module, "parser"):
-        return {*module.parser()._option_string_actions}
+        return flags_of(module.parser())
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", capture)
     with pytest.raises(Captured) as caught:
         module.main()
     monkeypatch.undo()
-    return {*caught.value.args[0]._option_string_actions}
+    return flags_of(caught.value.args[0])
 
 
 def test_every_flag_in_the_documents_is_one_of_a_program(monkeypatch):

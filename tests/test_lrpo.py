@@ -182,8 +182,8 @@ def test_an_optimiser_step_for_each_group_of_steps():
 def test_ratio_is_exactly_one_before_the_first_update():
     lrpo = make()
     given = ready(lrpo, torch.ones(6), torch.ones(3))
-    assert torch.equal(lrpo.update(*given)["log_ratio"], torch.zeros(3, 6))
-    assert not torch.equal(lrpo.update(*given)["log_ratio"], torch.zeros(3, 6))
+    assert torch.equal(lrpo.update(*given)["ratio"], torch.ones(3, 6))
+    assert not torch.equal(lrpo.update(*given)["ratio"], torch.ones(3, 6))
     stats = make(updates=1).step(BATCH)
     assert stats["first_off_max"] == stats["clip_fraction"] == 0 and stats["ratio_max"] == 1
     moved = make()

@@ -5,8 +5,8 @@
     python -m tools.tables --write    replace the tables in the documents
 
 A document marks a table by the line `<!-- tools.tables NAME -->` above it. In docs/data, lrpo.json,
-darl.json, demo.json and long.json are by tools/claims.py, run.json and real.json hold the means
-and errors of evaluate.py's tables, speed.json the medians and ranges of tools/throughput.py, and
+darl.json, demo.json and long.json are by tools/claims.py, run.json, real.json and sampler.json
+hold means and errors by evaluate.py, speed.json the medians and ranges of tools/throughput.py, and
 symptoms.json is by tools/symptoms.py. A file with a "note" holds figures as they were printed.
 """
 import argparse
@@ -75,6 +75,8 @@ TABLES = {
     "symptoms": lambda: lay_out("run", {key: f"`{key}`" for key in PANELS}, read("symptoms"), (
         lambda key, *points: f"{points[-1][1] - points[0][1]:+.4f}" if key.startswith("heldout")
         else f"{mean(value for _, value in points[-10:]):.4g}")),
+    "sampler": lambda: lay_out("", {K: K for K in read("sampler")["rows"]["eta = 0"]}, (
+        read("sampler")["rows"]), lambda _, *v: f"{v[0]:.2f}, {short(v[1], 4)}"),
     "run": run, "real": real, "real_three": real_three,
     "half": lambda: lay_out("", JUDGED, read("demo")["means"], lambda key, *seeds: (
         f"{mean(seeds):.{2 if key == 'psnr' else 4}f}")),

@@ -1,0 +1,187 @@
+"""The checks of the set diffusion, see exercise_checks.py."""
+import math
+
+import torch
+
+import model
+from exercise_checks import (Stub, check_walk, fake_policy, far, mean, near, noise, shaped,
+                             starts_as_noise)
+from support.cli import UserError
+
+
+def process(*abar):
+    """A diffusion process with these few levels."""
+    d = model.Diffusion(model.Config(prior=0, timesteps=10))
+    d.abar, d.T = torch.tensor(abar), len(abar)
+    return d
+
+
+def called(*_):
+    """A network that should not be called."""
+    raise AssertionError("v is predicted by `self.predict`, which adds the prior to the network.")
+
+
+def check_schedule():
+    d = model.Diffusion(model.Config())
+    steps = d.schedule(5)
+    assert isinstance(steps, list) and len(steps) == 5, "K = 5 should be a list of five steps."
+    assert all(len(step) == 2 for step in steps), "A step is a pair (t, s): from t to s."
+    assert all(isinstance(step, tuple) for step in steps), "A step is a tuple (t, s)."
+    assert all(t > s for t, s in steps), "A step goes from a noisier level t to a cleaner level s."
+    assert all(a[0] > b[0] for a, b in zip(steps, steps[1:])), \
+        "Sampling goes from noise to image: the order should be noisiest first."
+    assert steps[0][0] == 999, ("With T = 1000 the noisiest level has the index 999. Sampling "
+                                "starts there, at almost pure noise, or the brightness is biased.")
+    assert steps[-1][1] == -1, "The last step should end at the clean image, which is s = -1."
+    assert all(a[1] == b[0] for a, b in zip(steps, steps[1:])), \
+        "Each step should begin where the one before it ended."
+    assert steps == [(999, 799), (799, 599), (599, 399), (399, 199), (199, -1)], \
+        "The steps should be evenly spaced."
+    assert d.schedule(3) == [(999, 666), (666, 332), (332, -1)], \
+        "Where K does not divide T, t is rounded: the rounding is not the one in the docstring."
+    assert d.schedule(1) == [(999, -1)], "K = 1 is a single step from noise to the clean image."
+    assert all(type(u) is int for step in d.schedule(3) for u in step), "t and s should be ints."
+    for K in (0, 1001):
+        try:
+            d.schedule(K)
+        except UserError:
+            continue
+        raise AssertionError(f"K = {K} steps are impossible with T = 1000: raise UserError.")
+
+
+def check_q_sample():
+    d, one = process(.99, .36, .04), torch.ones(3, 3, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0, 1, 2])
+    image, z = d.q_sample(one, t, 0 * one), d.q_sample(0 * one, t, one)
+    shaped(image, (3, 3, 4, 4), "x_t")
+    assert image[0].mean() > .9 and z[0].mean() < .3, \
+        "At t = 0 the image should be nearly whole: which part is the signal's, which the noise's?"
+    far(image[:, 0, 0, 0], [.99, .36, .04], "abar is a variance, and x_t is no variance: if all "
+        "weights are squared and added, the variance of x_t should be one.")
+    near(image ** 2 + z ** 2, one, "The variances of signal and noise should add up to one at "
+         "every level.")
+    near(image[:, 0, 0, 0], [.9949874, .6, .2], "Each image of the batch has its own level t.")
+    x, e = noise(0, 3, 3, 4, 4), noise(1, 3, 3, 4, 4)
+    near(d.q_sample(x, t, e), image * x + z * e, "x_t should be a sum of the signal and the noise.")
+
+
+def check_v_loss():
+    n, T, seen = 400, 8, Stub()
+    d = process(*torch.linspace(.95, .05, T).tolist())
+    gt, lq, error = noise(0, n, 3, 2, 2), noise(1, n, 3, 2, 2), noise(2, n, 3, 2, 2)
+    roots = lambda t: [u.sqrt()[t].double().view(-1, 1, 1, 1) for u in (d.abar, 1 - d.abar)]
+    d.q_sample = lambda x0, t, z: roots(t)[0] * x0 + roots(t)[1] * z
+
+    def predict(net, x, given, t):
+        """Knows v from x_t and the photo, and errs by `error`."""
+        seen.t, seen.lq, (a, b) = t, given, roots(t)
+        seen.z = (x - a * gt) / b
+        seen.other = error + 2 * (a * seen.z - b * gt)      # had the target the other sign
+        seen.swapped = error + a * (seen.z - gt) - b * (gt - seen.z)
+        return a * seen.z - b * gt + error
+    d.predict = predict
+    loss = d.loss(called, lq, gt, torch.Generator().manual_seed(3))
+    assert seen.lq is lq, "The network restores lq: predict from it, not from the ground truth."
+    assert seen.t.shape == (n,), "Each image should get its own level t, an int64 tensor (B,)."
+    assert seen.t.unique().tolist() == list(range(T)), \
+        "t should be uniform over all levels, 0 to T-1, or some are never trained."
+    assert .9 < seen.z.std() < 1.1 and abs(seen.z.mean()) < .1, \
+        "x_t should hold standard normal noise, drawn anew, at the level t."
+    assert seen.t.float().std() > 1, "Each image should get its own level t."
+    assert torch.is_tensor(loss) and loss.shape == (n,), \
+        "There should be one loss for each image, (B,): average over the pixels, not the batch."
+    far(loss, error.square().flatten(1).sum(1), "Take the mean over the pixels, not the sum: the "
+        "loss should not grow with the size of the image.")
+    far(loss, mean(error.abs()), "The error should be squared.")
+    far(loss, mean(seen.other ** 2), "The target has a wrong sign: v has its own convention.")
+    far(loss, mean(seen.swapped ** 2), "In the target, signal and noise have changed places.")
+    near(loss, mean(error ** 2), "The target should be v of this image, this noise and this level.")
+    t, z = seen.t, seen.z
+    d.loss(called, lq, gt, torch.Generator().manual_seed(3))
+    assert torch.equal(seen.t, t) and torch.allclose(seen.z, z), \
+        "The same generator should give the same levels and noise: draw both from it."
+
+
+def check_sigma():
+    d = process(.9, .5, .1)
+    got = d.sigma(2, 1, 1.0)
+    assert math.isfinite(got), "A step goes from the noisier t to the cleaner s: are they mixed up?"
+    near(d.sigma(2, 1, 0.0), 0, "eta = 0 is the deterministic sampler: its sigma is 0.")
+    near(d.sigma(2, -1, 1.0), 0, "The last step ends at the clean image, and adds no noise.")
+    far(got, 4 / 9, "This is the variance; sigma is a standard deviation.")
+    near(d.sigma(2, 1, .5), got / 2, "sigma should be proportional to eta.")
+    far(d.sigma(2, 0, 1.0), 2 / 3, "A step may skip levels: s need not be t - 1.")
+    near(got, 2 / 3, "At eta = 1 the step is DDPM's posterior q(x_s | x_t, x_0), whose variance is "
+         "(1 - abar_s) / (1 - abar_t) times the beta between the two levels.")
+    near(d.sigma(1, 0, 1.0), math.sqrt(.2 * 4 / 9), "sigma belongs to both ends of a step.")
+
+
+def check_ddim_mean():
+    d, one = process(.9, .5, .1), torch.ones(2, 3, 4, 4, dtype=torch.float64)
+    d.sigma = lambda t, s, eta: torch.tensor(.3 * eta * (s >= 0), dtype=torch.float64)
+    zero, mu = 0 * one, d.ddim_mean
+    shaped(mu(one, one, 2, 1, 1.0), (2, 3, 4, 4), "The mean")
+    far(mu(one, zero, 2, 1, 0.0), math.sqrt(.1) * one, "x_s lies at the level s, where the step "
+        "arrives, and not at the level where it departs.")
+    near(mu(one, zero, 2, 1, 0.0), math.sqrt(.5) * one, "The share of the clean image in x_s "
+         "follows from abar at the level where the step arrives.")
+    near(mu(zero, one, 2, 1, 0.0), math.sqrt(.5) * one, "Without fresh noise, eps alone should "
+         "bring the variance of x_s to that of its level.")
+    far(mu(zero, one, 2, 1, 1.0), math.sqrt(.5) * one, "eta is ignored: fresh noise of variance "
+        "sigma^2 comes later, and the mean has to leave room for it.")
+    near(mu(zero, one, 2, 1, 1.0), math.sqrt(.41) * one, "The variances of fresh noise and of the "
+         "kept noise should add up to that of the level s.")
+    near(mu(one, one, 2, -1, 1.0), one, "The last step arrives at the clean image, s = -1.")
+    d.sigma = lambda t, s, eta: torch.tensor(math.sqrt(.5) * (1 + 1e-7), dtype=torch.float64)
+    assert mu(one, one, 2, 1, 1.0).isfinite().all(), \
+        "Rounding can make the argument of a root slightly negative: the result must not be nan."
+
+
+def check_ddim_step():
+    d, seen = process(.9, .5, .1), Stub()
+    x0, eps, lq = 2 * noise(0, 2, 3, 4, 4), noise(1, 2, 3, 4, 4), noise(2, 2, 3, 4, 4)
+    signal, rest = math.sqrt(d.abar[2].double()), math.sqrt(1 - d.abar[2].double())
+    x = signal * x0 + rest * eps
+
+    def predict(net, *given):
+        seen.x, seen.lq, seen.t = given
+        return signal * eps - rest * x0
+    d.predict, d.sigma = predict, lambda t, s, eta: torch.tensor(.3 * eta + .1 * s)
+    d.ddim_mean = lambda x0, eps, t, s, eta: math.sqrt(.5) * x0 + eta * eps - s
+    mu, sigma, x0_hat = d.ddim_step(called, x, lq, 2, 1, .7)
+    assert seen.x is x and seen.lq is lq, "The network sees x_t and the low-quality image."
+    assert torch.is_tensor(seen.t) and seen.t.shape == (2,) and (seen.t == 2).all(), \
+        "The network takes t as a tensor (B,), the level before the step for each image."
+    assert seen.t.dtype == torch.int64, "The network takes t as an int64 tensor."
+    shaped(x0_hat, (2, 3, 4, 4), "x0_hat")
+    far(x0_hat, eps, "x0_hat and eps have changed places: which of the two is the image?")
+    far(x0_hat, x0.clamp(-1, 1), "The predicted image should not be clamped here: the step is an "
+        "affine map of x_t and v.")
+    near(x0_hat, x0, "The predicted image does not come back: (x_t, v) is (x_0, eps), rotated, and "
+         "the way back is a rotation too.")
+    near(mu, math.sqrt(.5) * x0 + .7 * eps - 1, "The mean needs the noise eps that v and x_t "
+         "imply, and t, s and eta of this step.")
+    near(sigma, .31, "sigma should be that of this step and this eta.")
+
+
+def check_sample():
+    seen, lq = [], noise(0, 4, 3, 8, 8) / 2 + .3
+    weight = torch.tensor(.9, dtype=torch.float64, requires_grad=True)
+    d, fake = process(.9), fake_policy([(9, 5), (5, 2), (2, -1)], seen, weight)
+    d.schedule, d.ddim_step = fake.schedule, fake.ddim_step
+    run = lambda: d.sample(None, lq, 3, .7, torch.Generator().manual_seed(1))
+    torch.manual_seed(4)            # of the global generator, which no one should use
+    with torch.enable_grad():
+        x = run()
+    assert [(call.t, call.s) for call in seen] == [(9, 5), (5, 2), (2, -1)], \
+        "The steps should be those of the schedule, in its order."
+    assert {call.eta for call in seen} == {.7}, "Each step needs the eta that was asked for."
+    assert all(torch.equal(call.lq, lq) for call in seen), "The network sees lq at each step."
+    starts_as_noise(seen[0].x, lq)
+    check_walk(seen, [call.x for call in seen[1:]])
+    assert x.min() >= -1 and x.max() <= 1, "A restored image should be clamped to [-1, 1]."
+    near(x, seen[-1].mu.clamp(-1, 1), "The last step arrives at the clean image: it adds no noise.")
+    assert not x.requires_grad, "Sampling should keep no gradient: it would hold every activation."
+    torch.manual_seed(5)
+    again = run()
+    assert torch.equal(again, x), "The same generator should give the same image: draw from it."

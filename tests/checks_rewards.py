@@ -1,0 +1,266 @@
+"""The checks of the set rewards, see exercise_checks.py."""
+import copy
+import math
+from unittest.mock import patch
+
+import torch
+from skimage.metrics import structural_similarity
+
+import darl
+import frm
+import model
+import refl
+import rewards
+from exercise_checks import (Stub, check_walk, fake_policy, far, mean, near, noise, shaped,
+                             starts_as_noise)
+
+
+def scikit_ssim(x, y, **changes):
+    """scikit-image's SSIM of each pair of images, as they are."""
+    flags = dict(data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    return torch.tensor([structural_similarity(a.numpy(), b.numpy(), channel_axis=0,
+                                               **flags | changes) for a, b in zip(x, y)])
+
+
+def check_ssim():
+    u = torch.rand(3, 3, 24, 20, generator=torch.Generator().manual_seed(0)).double()
+    x, y = .06 * u, .04 * u + .01 * noise(1, 3, 3, 24, 20)      # faint: the constants matter
+    shown, flat = ((x + 1) / 2, (y + 1) / 2), torch.ones(1, 3, 16, 16).double()
+    got = rewards.ssim(x, y)
+    shaped(got, (3,), "SSIM")
+    near(rewards.ssim(x, x), torch.ones(3), "An image is equal to itself: SSIM is 1.")
+    for wrong in (scikit_ssim(x, y, data_range=2), scikit_ssim(*shown, data_range=2),
+                  scikit_ssim(x, y), scikit_ssim(x + 1, y + 1)):
+        far(got, wrong, "The images and the constants C1 and C2 have to be of one data range: in "
+            "which range do the images come, and in which are the constants?")
+    far(got, scikit_ssim(*shown, use_sample_covariance=True), "Wang's variances and covariance are "
+        "weighted means under the window, without the sample correction n / (n - 1).")
+    far(got, scikit_ssim(*shown, gaussian_weights=False, win_size=11), "The window is a Gaussian: "
+        "pixels at its middle count more.")
+    near(rewards.ssim(.2 * flat, -.6 * flat), [(2 * .6 * .2 + 1e-4) / (.36 + .04 + 1e-4)], "Two "
+         "flat images have a SSIM in closed form. Does the window reach over the border, where "
+         "padding changes the means? Or does a constant belong to another data range?", 1e-4)
+    near(got, scikit_ssim(*shown), "Means, variances, covariance: one of them is not the weighted "
+         "mean under the Gaussian window.", 1e-4)
+
+
+def reference_low_pass(x):
+    return x.unfold(2, 8, 4).unfold(3, 8, 4).mean((-1, -2))
+
+
+def check_low_pass():
+    x = noise(0, 2, 3, 32, 24)
+    got = rewards.low_pass(x)
+    assert got.shape == (2, 3, 7, 5), (f"The band has the shape {tuple(got.shape)}, not (2, 3, 7, "
+                                       "5): one mean is taken every 4 pixels, without padding.")
+    near(rewards.low_pass(torch.ones(1, 3, 16, 16)), torch.ones(1, 3, 3, 3), "The band of a flat "
+         "image is the same flat image: the gain is 1.")
+    near(got, reference_low_pass(x), "Each value is the mean of a window of 8 x 8 pixels; the "
+         "windows overlap.")
+
+
+def check_dwt():
+    flat = torch.zeros(2, 3, 32, 32).double()
+    moved = flat + torch.tensor([.02, -.04]).view(2, 1, 1, 1)
+    with patch.object(rewards, "low_pass", reference_low_pass):
+        got = rewards.dwt(moved, flat)
+        near(rewards.dwt(flat, flat), [1., 1.], "Equal images have the reward 1.")
+        shaped(got, (2,), "The reward")
+        assert (got < 1).all(), "A reward is higher for nearer images, and at most 1."
+        far(got, [math.exp(-1.2), math.exp(-2.4)], "The images are in [-1, 1], but the formula "
+            "is for images in [0, 1]: the distances differ by a factor.")
+        near(got, [math.exp(-.6), math.exp(-1.2)], "The sharpness of the exponential, or the unit "
+             "of the distance, is not the one in the docstring.")
+        stripes = torch.ones(1, 3, 32, 32).double()
+        stripes[..., ::2] = -1
+        near(rewards.dwt(stripes, flat[:1]), [1.], "Only the low-pass bands are compared.")
+        moved = flat.clone()
+        moved[..., :16] = .04
+        moved[..., 16:] = -.04
+        near(rewards.dwt(moved, flat), [math.exp(-1.2 * 6 / 7)] * 2, "Differences of opposite sign "
+             "must not cancel: L1 is the mean of absolute values.", 1e-4)
+
+
+def check_pair_loss():
+    a, b = torch.tensor([2., -1., 0.]).double(), torch.tensor([0., 3., 0.]).double()
+    each = -torch.log(torch.special.expit(a - b))
+    got = frm.pair_loss(a, b)
+    assert torch.is_tensor(got) and got.shape == (), "The loss is a mean over the pairs: a scalar."
+    far(got, -torch.log(torch.special.expit(b - a)).mean(), "The pair is the wrong way round: the "
+        "loss should fall as the better picture's score rises.")
+    far(got, each.sum(), "Take the mean over the pairs, not the sum.")
+    near(got, each.mean(), "In the Bradley-Terry model the difference of two scores is a logit.")
+    wrong = frm.pair_loss(torch.tensor([-1000.]).double(), torch.tensor([0.]).double())
+    assert wrong.isfinite(), "For scores that are far apart the loss should be large, and finite."
+    near(wrong, 1000, "For a surely wrong order the loss should grow with the distance.")
+
+
+def late_method(seen, weight=.9):
+    method = refl.ReFL.__new__(refl.ReFL)
+    method.schedule, method.net = [(9, 5), (5, 2), (2, 0), (0, -1)], None
+    method.diffusion = fake_policy(method.schedule, seen, weight)
+    return method
+
+
+def check_roll():
+    lq, calls = noise(0, 4, 3, 8, 8) / 2 + .3, []
+    method = late_method(calls, torch.tensor(.9, dtype=torch.float64, requires_grad=True))
+    runs, etas = [], []
+    for other in (4, 5):
+        torch.manual_seed(other)
+        method.generator = torch.Generator().manual_seed(1)
+        calls.clear()
+        with torch.enable_grad():
+            runs.append(method.roll(lq, 3))
+        etas.append([float(call.eta) for call in calls])
+    x = runs[1]
+    assert [(call.t, call.s) for call in calls] == method.schedule[:3], \
+        "To get to step k, take the k steps of the schedule before it, in its order."
+    starts_as_noise(calls[0].x, lq)
+    assert len({*etas[1]}) == 3, "Each step has a new eta."
+    assert all(0 <= eta <= 1 for eta in etas[1]), "eta is uniform in [0, 1]."
+    assert all(torch.equal(call.lq, lq) for call in calls), "The network sees lq at each step."
+    check_walk(calls, [call.x for call in calls[1:]] + [x])
+    assert not x.requires_grad, \
+        "Only the late step has a gradient: through all steps the memory grows with K."
+    assert torch.equal(*runs) and etas[0] == etas[1], \
+        "The same generator should give the same state: draw noise and eta from it."
+    starts_as_noise(method.roll(lq, 0), lq)
+
+
+class TwoOutputs:
+    """A reward of two terms. It looks at x0_hat alone."""
+    weights = {"a": .7, "b": .3}
+
+    def __call__(self, x, gt):
+        terms = {"a": mean(x), "b": mean((x - gt).abs().neg())}
+        return .7 * terms["a"] + .3 * terms["b"], terms
+
+
+def check_refl_losses():
+    torch.manual_seed(0)
+    net = model.UNet(model.Config(size=16, channels=8, mults=(1, 2), patch=2)).double()
+    torch.nn.init.normal_(net.head[-1].weight, std=.05)
+    frozen, seen = copy.deepcopy(net).requires_grad_(False), []
+    with torch.no_grad():
+        for p in net.parameters():
+            p += .02 * noise(p.numel(), *p.shape)
+
+    def ddim_step(net, x, lq, t, s, eta):
+        out = net(x, lq, torch.full((len(x),), t))
+        seen.append(Stub(net=net, t=t, s=s, x=x))
+        return out + 3, torch.tensor(.1), out
+    method = late_method([])
+    method.net, method.frozen, method.reward = net, frozen, TwoOutputs()
+    method.generator = torch.Generator()
+    method.diffusion = Stub(ddim_step=ddim_step, loss=lambda *_: torch.tensor([1., 3.]).double())
+    method.settings = Stub(reg="features", denoise_weight=1.)
+    x, lq, gt = (noise(seed, 2, 3, 16, 16) for seed in range(3))
+    params = [net.head[-1].weight, net.down[0][0].conv1.weight]
+    with patch.object(refl, "low_pass", reference_low_pass):
+        losses, x0_hat, terms = method.losses(x, lq, gt, 2)
+        calls = list(seen)
+        method.settings = Stub(reg="weights", denoise_weight=0.)
+        others, _, _ = method.losses(x, lq, gt, 2)
+        struct = refl.structure_loss(net(x, lq, torch.tensor([2, 2])), gt)
+    out = net(x, lq, torch.tensor([2, 2]))
+    assert {(call.t, call.s) for call in calls} == {(2, 0)}, "The step with gradient is step k."
+    assert {*losses} == {"reward", "struct", "reg", "denoise"}, \
+        "The losses are named reward, struct, reg and denoise."
+    assert "denoise" not in others, "With denoise_weight 0 the supervised loss is not computed."
+    assert not any(losses[name].shape for name in losses), "Each loss should be a scalar."
+    near(x0_hat, out, "x0_hat is what the step predicts of the clean image, and not its mean mu.")
+    assert terms.keys() == {"a", "b"}, "The terms of the reward are returned by name."
+    total, _ = TwoOutputs()(out, gt)
+    far(losses["reward"], TwoOutputs()(out + 3, gt)[0].mean().neg() + 1, "The reward should see "
+        "the predicted clean image x0_hat: mu is still noisy.")
+    far(losses["reward"], total.mean(), "Descending the loss should raise the reward.")
+    near(losses["reward"], 1 - total.mean(), "The best reward of all gives the loss 0.")
+    assert losses["reward"].requires_grad and losses["struct"].requires_grad, \
+        "No gradient reaches the network: between it and the reward nothing may be detached."
+    grads = torch.autograd.grad(losses["reward"], params, retain_graph=True)
+    for mine, theirs in zip(grads, torch.autograd.grad(total.mean(), params)):
+        near(mine, -theirs, "The gradient of the reward should pass through the step, to the "
+             "network's weights.")
+    near(losses["struct"], struct, "L_struct compares x0_hat with the photo.")
+    features = []
+    for which in (net, frozen):
+        with refl.block_outputs(which) as kept:
+            which(x, lq, torch.tensor([2, 2]))
+        features.append(kept)
+    assert losses["reg"].requires_grad, \
+        "L_reg regularises the network, so its gradient has to reach it: no features are detached."
+    near(losses["reg"], sum((a - b).square().mean() for a, b in zip(*features)), "L_reg compares "
+         "the features of the trained and of the frozen network in the same step, from one x_t.")
+    near(others["reg"], sum((p - q).square().sum() for p, q in zip(
+        net.parameters(), frozen.parameters())), "With reg = weights, L_reg compares the weights.")
+    near(losses["denoise"], 2, "L_denoise is the mean of the supervised loss over the batch.")
+
+
+class Judge(torch.nn.Module):
+    """A face reward model of three weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([.5, -1., .2]).double(), requires_grad=False)
+
+    def trained(self):
+        return [self.w]
+
+    def score(self, x):
+        return x.mean((2, 3)) @ self.w
+
+
+def check_update_frm():
+    method, judge = late_method([]), Judge()
+    method.frm, method.frm_optimizer = judge, torch.optim.SGD([judge.w], lr=.1)
+    judge.w.grad = torch.full((3,), 100.).double()              # of another time
+    gt, restored, lq = (noise(seed, 9, 3, 4, 4) for seed in (1, 2, 3))
+    w = judge.w.clone().requires_grad_()
+    a, b, c = (u.mean((2, 3)) @ w for u in (gt, restored, lq))
+    logit = torch.special.expit
+    pairs = [-torch.log(logit(a - u)).mean() for u in (b, c)]
+    turned = [-torch.log(logit(u - a)).mean() for u in (b, c)]
+    (gradient,) = torch.autograd.grad((pairs[0] + pairs[1]) / 2, w)
+    with patch.object(refl, "pair_loss", lambda x, y: -torch.log(logit(x - y)).mean()):
+        try:
+            stats = method.update_frm(restored, lq, gt)
+        except RuntimeError as error:
+            if "grad" not in str(error):
+                raise
+            raise AssertionError("The reward model's parameters are frozen before the step: it "
+                                 "cannot learn until they need gradients again.") from None
+    assert stats.keys() >= {"frm_loss", "frm_accuracy"}, "The metrics are frm_loss, frm_accuracy."
+    got = stats["frm_loss"]
+    far(got, sum(turned) / 2, "The pairs are the wrong way round: the photo is the better picture.")
+    far(got, pairs[0], "The model forgets what damage is: it should also learn that the photo is "
+        "better than its degraded self.")
+    far(got, pairs[1], "The model should learn about the policy's own restorations, or the policy "
+        "finds what no pair has shown.")
+    far(got, sum(pairs), "The loss is the mean of the two pair losses.")
+    near(got, sum(pairs) / 2, "The loss is the mean of the two pair losses.")
+    assert not torch.equal(judge.w, w), "The reward model did not change: the step was not taken."
+    near(judge.w, w - .1 * gradient, "The weights moved by another gradient than that of this "
+         "loss: is a stale gradient of an earlier step still there?")
+    near(stats["frm_accuracy"], (a > b).double().mean(), "The accuracy is the share of photos with "
+         "a higher score than their restoration.")
+    assert not judge.w.requires_grad, ("After the step requires_grad should be off: the policy's "
+                                       "backward pass does not need this model's gradient.")
+    assert not got.requires_grad, "A metric keeps no graph."
+
+
+def check_blend_weight():
+    rho = torch.tensor([0., .5, 1., 3., 1e6]).double()
+    got = darl.blend_weight(rho, "adaptive")
+    shaped(got, (5,), "lambda")
+    assert got[3] > got[1], "lambda is the share of RL, and RL is for the hard images (rho > 1)."
+    assert got.min() >= 0 and got.max() <= 1, "A share lies in [0, 1], however hard the image is."
+    near(got[2], .5, "An image of mean difficulty gets both losses in equal parts.")
+    near(got, [0, 1 / 3, .5, .75, 1], "The weight follows the ratio of difficulties.")
+    near(darl.blend_weight(rho, "hard"), [0, 0, 0, 1, 1], "\"hard\" is RL for the images above the "
+         "mean difficulty, and for no others.")
+    near(darl.blend_weight(rho, "easy"), [1, 1, 1, 0, 0], "\"easy\" is the reverse of \"hard\".")
+    got = darl.blend_weight(rho, ".3")
+    shaped(got, (5,), "lambda")
+    near(got, [.3] * 5, "A number is the share of every image.")
+    assert darl.blend_weight(rho, "hard").dtype == rho.dtype, "lambda should have rho's dtype."
