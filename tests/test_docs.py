@@ -80,7 +80,8 @@ def test_every_name_in_the_other_columns_exists_somewhere():
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_link_and_picture_exists(path):
-    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)", path.read_text()):
+        link = "".join(link)
         if not link.startswith(("http://", "https://", "#")):
             assert (path.parent / link.partition("#")[0]).exists(), link
 
@@ -121,6 +122,7 @@ def test_every_flag_in_the_documents_is_one_of_a_program(monkeypatch):
         known |= {*program.parser()._option_string_actions}
     known |= {flag for name in TOOLS for flag in tool_flags(name, monkeypatch)}
     assert {"--gt_weight", "--frontier", "--sheet", "--patch", "--recipe"} <= known
+    known.add("--nproc_per_node")       # torchrun's
     for path in DOCUMENTS:
         flags = {*re.findall(r"(?<![\w-])--[a-z]\w*", path.read_text())}
         assert len(flags) >= LEAST_FLAGS and not flags - known, (path.name, flags - known)
