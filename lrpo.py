@@ -3,7 +3,7 @@
 Paper    LRPO, Likelihood-Regularised Policy Optimisation (Wu et al. 2025, arXiv 2509.23339).
          It builds on DDPO (arXiv 2305.13301), PPO (1707.06347) and GRPO (2402.03300).
 Policy   Each DDIM step is a Gaussian policy: pi(x_{t-1} | x_t, LQ) = N(mu, sigma^2 I).
-Steps    of the algorithm, in the order of `LRPO.step`:
+Steps    of the algorithm, in the order of `LRPO.improve`:
          1. Restore each LQ image G times, with independent noise.        `LRPO.rollout`
          2. Score the results by the composite reward (strategy 1).       rewards.py
          3. Compare the G results of one image with each other.           `group_advantages`
