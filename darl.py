@@ -130,7 +130,8 @@ class DARL(BranchedLRPO):
     def improve(self, batch) -> dict[str, Tensor]:
         """As LRPO.improve. The metrics also hold difficulty and lambda, their mean and standard
         deviation over the images."""
-        stats, d, lam = super().improve(batch), self.d, self.blend_weights
+        stats = super().improve(batch)
+        d, lam = gather(self.d), gather(self.blend_weights)                     # of all ranks
         return stats | {"difficulty": d.mean(), "difficulty_std": d.std(correction=0),
                         "lambda": lam.mean(), "lambda_std": lam.std(correction=0)}
 

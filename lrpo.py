@@ -31,7 +31,7 @@ from model import MAX_GRAD_NORM, Diffusion, gaussian
 from support.cli import at_least_two, policy_eta, setting, whole
 from support.log import to_floats
 from support.optimise import optimiser_step
-from support.ranks import gather, share
+from support.ranks import gather, own_rows
 
 ADV_EPS = 1e-4              # LRPO's code: bounds the advantage where the rewards hardly differ
 ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
@@ -158,7 +158,7 @@ class LRPO:
 
     def assign_advantages(self, steps: list[Transition], rewards: Tensor, weights: Tensor):
         """A_{i,t} = clip(A_i w_t), from one reward for each trajectory: rewards (P, G)."""
-        A = share(group_advantages(gather(rewards), self.settings.adv_std)).flatten()   # (B,)
+        A = own_rows(group_advantages(gather(rewards), self.settings.adv_std)).flatten()   # (B,)
         for step, w in zip(steps, weights):
             step.advantage = (A * w).clamp(-ADV_CLIP, ADV_CLIP)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from support.checkpoint import fits, load_run
 from support.cli import UserError
-from support.ranks import alone, share, whole
+from support.ranks import alone, all_rows, own_rows
 
 MAX_GRAD_NORM = 1.0     # LRPO's code; for sft, lrpo, refl and darl, not for reward models
 EVAL_ETA = 0.8          # LRPO's code: eta at inference (it trains with 1.0)
@@ -210,7 +210,7 @@ class Diffusion:
     def loss(self, net, lq: Tensor, gt: Tensor, generator: torch.Generator) -> Tensor:
         """The supervised loss, the mean squared error of `predict` against v = sqrt(abar_t) z -
         sqrt(1 - abar_t) gt at x_t, for uniform t and noise z: lq, gt (B, 3, H, W) -> (B,)."""
-        t = share(torch.randint(self.T, (whole(len(gt)),), generator=generator)).to(gt.device)
+        t = own_rows(torch.randint(self.T, (all_rows(len(gt)),), generator=generator)).to(gt.device)
         z = gaussian(gt, generator)
         a = self.abar_at(t, gt)
         v = a.sqrt() * z - (1 - a).sqrt() * gt
@@ -272,9 +272,9 @@ class Diffusion:
 
 def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal noise shaped like `like`: drawn on the CPU, the same on every device."""
-    noise = torch.randn(whole(len(like)), *like.shape[1:], generator=generator, dtype=like.dtype,
+    noise = torch.randn(all_rows(len(like)), *like.shape[1:], generator=generator, dtype=like.dtype,
                         pin_memory=like.is_cuda)
-    return share(noise).to(like.device, non_blocking=True)
+    return own_rows(noise).to(like.device, non_blocking=True)
 
 
 def restore(net, lq: Tensor, K: int, eta: float, seed: int) -> Tensor:

@@ -131,13 +131,11 @@ def parse(argv=None) -> dict:
     if "data" in given and "faces" in given:
         raise UserError("--faces: --data has the photos; leave one of them out")
     if "compile" in given and choice.mode == "refl":
-        raise UserError("--compile: refl reads the output of every residual block, which a "
-                        "compiled network does not give; leave it out")
+        raise UserError("--compile: a compiled network hides what refl reads; leave it out")
     if "resume" in given and "overwrite" in given:
         raise UserError("--resume, --overwrite: give only one of them")
     if "fidelity_margin" in given and given.get("gt_weight", "auto") != "auto":
-        raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one of them "
-                        "out")
+        raise UserError("--fidelity_margin: steers --gt_weight auto; leave one of them out")
     return given
 
 

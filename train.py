@@ -28,7 +28,7 @@ from rewards import parse_rewards
 from settings import EMA_DECAY, METHODS, WARMUP, method_values, parse, resolve
 from sft import EMA
 from support.checkpoint import (check_folder, check_resume, digest, load_run, locked, pick_device,
-                                restore_run, run_state, save)
+                                replacing, restore_run, run_state, save)
 from support.cli import StopSignal, UserError, make_folder, run_main
 from support.data import Photos, loader
 from support.labels import read_labels
@@ -97,7 +97,8 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
     Raises UserError at the first number that is not finite; what is saved is from before."""
     out, device = Path(run.out), next(method.net.parameters()).device
     earlier = spent = float(log.rows[-1]["seconds"])        # of training, before this call
-    limit = math.inf if run.minutes is None else earlier + 60 * run.minutes
+    timed = run.minutes is not None and place()[0] == 0     # rank 0 has the clock
+    limit = earlier + 60 * run.minutes if timed else math.inf
     clock = time.perf_counter()
     bar = tqdm(batches, run.mode, run.steps, initial=start, disable=None if first() else True)
     for done, batch in enumerate(bar, start + 1):
@@ -124,7 +125,8 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
             log.write()                     # all before last.pt: a killed run writes them again
             log.curves(out / "curves.png")
             if picture:
-                picture.save(out / f"samples_{done:06d}.png")
+                with replacing(out / f"samples_{done:06d}.png") as part:
+                    picture.save(part, "PNG")
             if better:
                 save(out / "best.pt", state(done, best, finished))
             save(out / "last.pt", state(done, best, finished))
@@ -136,6 +138,7 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
         if stop:
             break
     if not finished:
+        wait()          # torchrun stops all ranks as soon as one has ended
         print(f"{run.mode}: stopped at step {done} and saved; the same command with --resume "
               "instead of --overwrite goes on")
         sys.exit(128 + number)
@@ -222,8 +225,7 @@ def demo(given: dict):
 
 
 def lpips_is_missing(runs: dict) -> bool:
-    """Whether LPIPS, which a preset asks for, cannot be had. Demo alone goes on without it, and
-    says so in one line."""
+    """Whether a preset's LPIPS cannot be had. Demo alone goes on without it, and says so."""
     if not any("lpips" in parse_rewards(run.rewards) for run in runs.values()):
         return False
     try:

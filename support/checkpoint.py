@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from support.cli import UserError, is_blocked
+from support.ranks import place
 
 try:
     import fcntl
@@ -166,7 +167,7 @@ def check_resume(saved: dict, run, frm: str | None):
     for name in sorted({*was, *now} - FREE_ON_RESUME):
         a, b = was.get(name), now.get(name)
         if name in PLACES and a and b:
-            a, b = Path(a).resolve(), Path(b).resolve()
+            a, b = Path(str(a)).resolve(), Path(b).resolve()
         if repr(a) != repr(b):
             raise UserError(f"--resume: {run.out} was run with --{name} {a}, not {b}")
     if saved["frm"] != frm:
@@ -176,6 +177,8 @@ def check_resume(saved: dict, run, frm: str | None):
 def pick_device(name: str) -> torch.device:
     """The device; "auto" is a CUDA GPU if there is one, under torchrun one for each rank. Raises
     UserError if it does not exist here."""
+    if ":" in name and place()[1] > 1:
+        raise UserError(f"--device {name}: torchrun gives each rank a GPU; write cuda")
     try:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from time import monotonic
 
 
 class UserError(ValueError):
@@ -33,18 +34,21 @@ def run_main(main):
 
 
 class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that a run can finish its step and save. The second one stops
-    the program at once. `number` is that of the signal, or 0."""
+    """Notes Ctrl-C and SIGTERM, so that a run can finish its step and save. Another one more than a
+    second later stops the program at once (torchrun and its caller may both send the first).
+    `number` is that of the signal, or 0."""
 
     def __enter__(self):
-        self.number = 0
+        self.number, self.time = 0, math.inf
         self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, _):
         """Called at the signal."""
-        self.number = number
-        self.__exit__()
+        if monotonic() - self.time > 1:
+            self.__exit__()
+            signal.raise_signal(number)
+        self.number, self.time = number, min(self.time, monotonic())
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -55,4 +55,5 @@ class Log:
             ax.plot(*zip(*points), marker="." if len(points) < 30 else "")
             ax.set_title(name, fontsize=9)
         fig.tight_layout()
-        fig.savefig(path, dpi=70)
+        with replacing(path) as part:
+            fig.savefig(part, dpi=70, format="png")

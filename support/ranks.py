@@ -1,14 +1,14 @@
 """Several processes on one run, as torchrun starts them: each takes an equal share of every batch.
 
-Steps    1. Every rank draws the random numbers of the whole batch and keeps its rows.   `share`
+Steps    1. Every rank draws the random numbers of the whole batch and keeps its rows.   `own_rows`
          2. Each rank computes the gradient of its rows. The gradients are averaged, so that all
             ranks take the same optimiser step.                                          `average`
          3. What needs the whole batch gets the rows of all ranks.                       `gather`
          4. Rank 0 alone measures, prints and writes.                                    `first`
 So any number of ranks trains what one process trains, up to the order of summation.
 
-DistributedDataParallel averages after every backward pass. A step of LRPO has a backward pass for
-each sampling step, and needs one average, so that the few lines of `average` do less work.
+DistributedDataParallel would average after every backward pass. A step of LRPO has one for each
+sampling step, and needs a single average: `average`.
 """
 import atexit
 import os
@@ -25,7 +25,7 @@ _alone = False      # whether this process works for itself, see `alone`
 
 
 def join():
-    """Meet the other processes of torchrun, if there are any. Ranks above 0 print nothing."""
+    """Meet the other processes of torchrun, if there are any. Ranks above 0 print errors only."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -55,19 +55,19 @@ def alone(when: bool = True):
         _alone = before
 
 
-def whole(n: int) -> int:
+def all_rows(n: int) -> int:
     """How many rows all ranks have, if each has n."""
     return n * place()[1]
 
 
-def share(rows: Tensor) -> Tensor:
+def own_rows(rows: Tensor) -> Tensor:
     """This rank's rows (N, ...) of those of the whole batch (ranks * N, ...)."""
     rank, ranks = place()
     return rows if ranks == 1 else rows.chunk(ranks)[rank]
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of the whole batch (ranks * N, ...) from each rank's (N, ...): undoes `share`."""
+    """The rows of the whole batch (ranks * N, ...) from each rank's (N, ...): undoes `own_rows`."""
     _, ranks = place()
     if ranks == 1:
         return rows

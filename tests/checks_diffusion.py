@@ -41,6 +41,8 @@ def check_schedule():
         "Where K does not divide T, t is rounded: the rounding is not the one in the docstring."
     assert d.schedule(1) == [(999, -1)], "K = 1 is a single step from noise to the clean image."
     assert all(type(u) is int for step in d.schedule(3) for u in step), "t and s should be ints."
+    assert model.Diffusion(model.Config(timesteps=10)).schedule(2) == [(9, 4), (4, -1)], \
+        "A process may have another number of levels than 1000."
     for K in (0, 1001):
         try:
             d.schedule(K)
@@ -72,9 +74,9 @@ def check_v_loss():
     roots = lambda t: [u.sqrt()[t].double().view(-1, 1, 1, 1) for u in (d.abar, 1 - d.abar)]
     d.q_sample = lambda x0, t, z: roots(t)[0] * x0 + roots(t)[1] * z
 
-    def predict(net, x, given, t):
+    def predict(net, x, lq, t):
         """Knows v from x_t and the photo, and errs by `error`."""
-        seen.t, seen.lq, (a, b) = t, given, roots(t)
+        seen.t, seen.lq, (a, b) = t, lq, roots(t)
         seen.z = (x - a * gt) / b
         seen.other = error + 2 * (a * seen.z - b * gt)      # had the target the other sign
         seen.swapped = error + a * (seen.z - gt) - b * (gt - seen.z)
@@ -105,6 +107,7 @@ def check_v_loss():
 def check_sigma():
     d = process(.9, .5, .1)
     got = d.sigma(2, 1, 1.0)
+    assert torch.is_tensor(got) and got.dtype == torch.float64, "sigma is a float64 tensor."
     assert math.isfinite(got), "A step goes from the noisier t to the cleaner s: are they mixed up?"
     near(d.sigma(2, 1, 0.0), 0, "eta = 0 is the deterministic sampler: its sigma is 0.")
     near(d.sigma(2, -1, 1.0), 0, "The last step ends at the clean image, and adds no noise.")
@@ -118,7 +121,8 @@ def check_sigma():
 
 def check_ddim_mean():
     d, one = process(.9, .5, .1), torch.ones(2, 3, 4, 4, dtype=torch.float64)
-    d.sigma = lambda t, s, eta: torch.tensor(.3 * eta * (s >= 0), dtype=torch.float64)
+    ratio = lambda t, s: ((1 - d.abar[s]) / (1 - d.abar[t]) * (1 - d.abar[t] / d.abar[s])).double()
+    d.sigma = lambda t, s, eta: eta * ratio(t, s).sqrt() if s >= 0 else torch.zeros(()).double()
     zero, mu = 0 * one, d.ddim_mean
     shaped(mu(one, one, 2, 1, 1.0), (2, 3, 4, 4), "The mean")
     far(mu(one, zero, 2, 1, 0.0), math.sqrt(.1) * one, "x_s lies at the level s, where the step "
@@ -129,7 +133,7 @@ def check_ddim_mean():
          "bring the variance of x_s to that of its level.")
     far(mu(zero, one, 2, 1, 1.0), math.sqrt(.5) * one, "eta is ignored: fresh noise of variance "
         "sigma^2 comes later, and the mean has to leave room for it.")
-    near(mu(zero, one, 2, 1, 1.0), math.sqrt(.41) * one, "The variances of fresh noise and of the "
+    near(mu(zero, one, 2, 1, 1.0), math.sqrt(.5 - 4 / 9) * one, "The variances of fresh noise and of the "
          "kept noise should add up to that of the level s.")
     near(mu(one, one, 2, -1, 1.0), one, "The last step arrives at the clean image, s = -1.")
     d.sigma = lambda t, s, eta: torch.tensor(math.sqrt(.5) * (1 + 1e-7), dtype=torch.float64)
@@ -143,8 +147,8 @@ def check_ddim_step():
     signal, rest = math.sqrt(d.abar[2].double()), math.sqrt(1 - d.abar[2].double())
     x = signal * x0 + rest * eps
 
-    def predict(net, *given):
-        seen.x, seen.lq, seen.t = given
+    def predict(net, x, lq, t):
+        seen.x, seen.lq, seen.t = x, lq, t
         return signal * eps - rest * x0
     d.predict, d.sigma = predict, lambda t, s, eta: torch.tensor(.3 * eta + .1 * s)
     d.ddim_mean = lambda x0, eps, t, s, eta: math.sqrt(.5) * x0 + eta * eps - s

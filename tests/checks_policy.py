@@ -44,6 +44,8 @@ def check_group_advantages():
                                          "(n - 1); the paper's figure has that of the population.")
     near(got, [[-.8522, -.5514, 1.4035]], "The advantage is in units of the standard deviation.",
          2e-3)
+    same = lrpo.group_advantages(torch.tensor([[.5, .5 + 1e-7]], dtype=torch.float64))
+    assert (same == 0).all(), "Rewards that differ by rounding alone count as equal."
     small = lrpo.group_advantages(torch.tensor([[0., 2e-4]], dtype=torch.float64))
     near(small, [[-.5, .5]], "Where rewards hardly differ the advantage should stay bounded: the "
          "divisor is never much below 1e-4.", 1e-3)
@@ -125,6 +127,7 @@ def check_rollout():
                              "last becomes a transition.")
     assert [(u.t, u.s) for u in steps] == schedule[:-1], "A transition notes its own t and s."
     assert all(torch.equal(call.lq, lq) for call in calls), "The policy sees lq at each step."
+    assert {call.eta for call in calls} == {.7}, "eta is a setting of the policy."
     starts_as_noise(calls[0].x, lq)
     for step, call, after in zip(steps, calls, calls[1:]):
         assert torch.equal(step.x, call.x), "A transition keeps the state before the step."
@@ -155,7 +158,12 @@ def check_gt_log_prob():
     step = lrpo.Transition(5, 2, gt + 1, gt + 2, gt, gt)
     sigma = torch.tensor(.7).double()
     with patch.object(lrpo, "gaussian_log_prob", reference_log_prob):
+        torch.manual_seed(4)        # of the global generator, which no one should use
         got = method.gt_log_prob(step, gt, mu, sigma)
+        method.generator.manual_seed(1)
+        torch.manual_seed(5)
+        twin = lrpo.Transition(5, 2, gt + 1, gt + 2, gt, gt)
+        method.gt_log_prob(twin, gt, mu, sigma)
         assert torch.is_tensor(step.x_gt), "The noised ground truth should be kept in step.x_gt."
         first = step.x_gt.clone()
         again = method.gt_log_prob(step, gt, mu, sigma)
@@ -167,6 +175,7 @@ def check_gt_log_prob():
         "The ground truth should be noised: a clean image is no state of level s."
     assert torch.equal(first, step.x_gt) and torch.equal(got, again), \
         "The ground truth is noised once for all updates of a rollout."
+    assert torch.equal(twin.x_gt, first), "The noise comes from the method's own generator."
     near(got, reference_log_prob(first, mu, sigma), "This is not the likelihood of the noised "
          "ground truth under the policy's own mu and sigma.")
     assert got.requires_grad, "The gradient should reach the policy through its mu."
@@ -181,7 +190,16 @@ def check_branch():
     method.settings, method.generator = Stub(eta=.7, group=G), torch.Generator().manual_seed(1)
     method.diffusion = fake_policy(schedule, seen, weight)
     with patch.object(steered, "gaussian_log_prob", reference_log_prob), torch.enable_grad():
+        torch.manual_seed(4)        # of the global generator, which no one should use
         restored, steps = method.rollout(lq)
+        seen, calls = [], seen
+        method.generator.manual_seed(1)
+        torch.manual_seed(5)
+        method.diffusion = fake_policy(schedule, seen, weight)
+        again, _ = method.rollout(lq)
+    assert torch.equal(again, restored), "The same generator should give the same rollout."
+    seen = calls
+    assert {call.eta for call in seen} == {.7}, "eta is a setting of the policy."
     assert [(call.t, call.s) for call in seen] == schedule, \
         "The policy acts once at each step of the schedule, in its order."
     assert len(steps) == 1 and (steps[0].t, steps[0].s) == method.branch, \
@@ -199,6 +217,8 @@ def check_branch():
     assert not torch.allclose(step.action[0], step.action[1]), \
         "At the branch each member needs its own noise, or there is nothing to compare."
     check_walk([Stub(mu=mu, sigma=sigma)], [step.action])
+    near(step.x0_hat, seen[2].x0_hat.repeat_interleave(12 // len(seen[2].mu), dim=0),
+         "A transition keeps x0_hat of its step.")
     near(step.log_prob, reference_log_prob(step.action, mu, sigma), "log_prob should be that of "
          "each member's action at the branch.")
     assert torch.equal(seen[3].x, step.action), "After the branch each member goes its own way."

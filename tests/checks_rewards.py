@@ -153,7 +153,12 @@ def check_refl_losses():
     method = late_method([])
     method.net, method.frozen, method.reward = net, frozen, TwoOutputs()
     method.generator = torch.Generator()
-    method.diffusion = Stub(ddim_step=ddim_step, loss=lambda *_: torch.tensor([1., 3.]).double())
+    supervised = []
+
+    def loss(*given):
+        supervised.append(given)
+        return torch.tensor([1., 3.]).double()
+    method.diffusion = Stub(ddim_step=ddim_step, loss=loss)
     method.settings = Stub(reg="features", denoise_weight=1.)
     x, lq, gt = (noise(seed, 2, 3, 16, 16) for seed in range(3))
     params = [net.head[-1].weight, net.down[0][0].conv1.weight]
@@ -194,6 +199,11 @@ def check_refl_losses():
          "the features of the trained and of the frozen network in the same step, from one x_t.")
     near(others["reg"], sum((p - q).square().sum() for p, q in zip(
         net.parameters(), frozen.parameters())), "With reg = weights, L_reg compares the weights.")
+    assert others["reg"].requires_grad, "L_reg regularises the network: its weights get a gradient."
+    (given,) = supervised
+    assert given[0] is net and given[1] is lq and given[2] is gt and \
+        given[3] is method.generator, "The supervised loss is that of the trained network on the " \
+        "pair (lq, gt), with the method's generator."
     near(losses["denoise"], 2, "L_denoise is the mean of the supervised loss over the batch.")
 
 

@@ -27,7 +27,7 @@ def test_the_table_is_mean_and_standard_deviation_of_the_change_over_seeds(tmp_p
         (tmp_path / str(seed) / "claims_demo").mkdir(parents=True)
         (tmp_path / str(seed) / "claims_demo" / "metrics.json").write_text(
             json.dumps({"rows": rows, "beyond": {"lpips": beyond}}))
-    lines = claims.table(tmp_path, "demo", [0, 1]).splitlines()
+    lines = claims.as_table(claims.collect(tmp_path, "demo", [0, 1])).splitlines()
     assert len(lines) == 2 + len(names) + 1
     for line in lines[2:]:
         cells = [cell.strip() for cell in line.split("|")[2:-1]]

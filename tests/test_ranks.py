@@ -65,4 +65,4 @@ def test_two_ranks_train_what_one_process_trains_and_one_goes_on(tmp_path):
 def test_one_process_is_left_as_it_is():
     x = torch.arange(6.0).view(3, 2)
     assert ranks.place() == (0, 1) and ranks.first()
-    assert ranks.share(x) is x and ranks.gather(x) is x and ranks.largest(3, 0) == [3, 0]
+    assert ranks.own_rows(x) is x and ranks.gather(x) is x and ranks.largest(3, 0) == [3, 0]

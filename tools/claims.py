@@ -137,11 +137,6 @@ def as_table(arms: dict[str, dict[str, list[float]]]) -> str:
         + (f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else "")))
 
 
-def table(root: Path, mode: str, seeds: list[int]) -> str:
-    """The markdown table over the seeds, from each metrics.json."""
-    return as_table(collect(root, mode, seeds))
-
-
 def history(root: Path, seeds: list[int], arms, columns) -> dict:
     """{arm: {seed: {column: its measurements}}} for the columns of metrics.csv, without `heldout_`,
     and for "step"."""

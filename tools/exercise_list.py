@@ -1,6 +1,6 @@
 """The exercises of the course: what each asks, teaches and hints, and an experiment to run with it.
 
-Their code stands in the files themselves (`place`), their checks in tests/exercise_checks.py, the
+Their code stands in the files themselves (`place`), their checks in tests/checks_SET.py, the
 answers to the experiments in docs/instructor.md. tools/exercises.py has the commands.
 """
 from dataclasses import dataclass

@@ -96,8 +96,8 @@ def run_check(exercise: Exercise) -> tuple[str, str]:
     """("passed", "not done", "wrong" or "error", and what is to be said about it)."""
     if str(ROOT / "tests") not in sys.path:
         sys.path.insert(0, str(ROOT / "tests"))
-    checks = importlib.import_module(f"checks_{exercise.set}")
     try:
+        checks = importlib.import_module(f"checks_{exercise.set}")
         getattr(checks, f"check_{exercise.name}")()
     except NotImplementedError as error:
         return "not done", str(error)

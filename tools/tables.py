@@ -12,7 +12,6 @@ symptoms.json is by tools/symptoms.py. A file with a "note" holds figures as the
 import argparse
 import json
 import re
-from pathlib import Path
 from statistics import mean, stdev
 
 from support.cli import UserError, run_main
@@ -102,7 +101,8 @@ def main():
         found |= {name for _, name, _ in MARKED.findall(text)}
         if new != text and args.check:
             raise UserError(f"{path.name}: a table is not that of docs/data; --write replaces it")
-        path.write_text(new)
+        if new != text:
+            path.write_text(new)
     if missing := TABLES.keys() - found:
         raise UserError(f"{', '.join(sorted(missing))}: no document has the mark of this table")
 
