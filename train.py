@@ -39,8 +39,8 @@ from support.ranks import alone, check_batch, first, join, largest, place, wait
 
 
 def train(run):
-    """Run one mode to its end, unless it is finished. Under torchrun rank 0 writes. The face reward
-    model is so small that every rank trains all of it."""
+    """Run one mode to its end, unless it is finished. Under torchrun rank 0 writes, and every rank
+    does all of mode frm, whose model is small by default."""
     wait()                                  # until every rank has seen what there was before
     with alone(run.mode == "frm"):
         check_batch(run.batch_size)

@@ -141,7 +141,7 @@ def test_the_tables_are_those_of_the_data(monkeypatch):
     assert results.count("\n|---") == len(tables.MARKED.findall(results))      # none has no mark
 
 
-def test_the_pictures_are_drawn_from_the_data(tmp_path, monkeypatch):
+def test_the_pictures_can_be_drawn_from_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(symptoms, "RUNS", {"healthy": "", "collapse": ""})      # all: 5 seconds
     symptoms.draw(tables.read("symptoms"), tmp_path / "symptoms.png")
     claims.curves(tables.read("lrpo"), tmp_path / "lrpo.png")

@@ -1,16 +1,19 @@
 """Two processes, as torchrun starts them, train what one process trains."""
+import csv
 import os
 import socket
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import sft
 import train
 from common import SMALL, run, small_presets
 from support import ranks
 from support.cli import UserError
 
-METHODS = {"sft": [], "frm": [], "lrpo": [],
+METHODS = {"sft": [], "clipped": [], "frm": [], "lrpo": [],
            "plain": ["--recipe", "paper", "--group", "2", "--rewards", "ssim=1", "--lr", "1e-3"],
            "refl": ["--rewards", "face=.5,ssim=.5", "--frm_update_every", "2"], "darl": []}
 
@@ -18,12 +21,21 @@ METHODS = {"sft": [], "frm": [], "lrpo": [],
 def every_mode(out, one, steps):
     """Each mode from the models of the single process."""
     for name, flags in METHODS.items():
-        if name != "sft":
+        mode = {"plain": "lrpo", "clipped": "sft"}.get(name, name)
+        if mode != "sft":
             flags = [*flags, "--init", str(one / "sft" / "last.pt")]
         if name in ("lrpo", "refl", "darl"):
             flags = [*flags, "--frm_weights", str(one / "frm" / "last.pt")]
         flags = flags if not (out / name).exists() else [*flags, "--resume"]
-        run("lrpo" if name == "plain" else name, out / name, *flags, steps=steps)
+        with patch.object(sft, "MAX_GRAD_NORM", .01 if name == "clipped" else 1.0):
+            run(mode, out / name, *flags, steps=steps)
+
+
+def rows(folder):
+    """metrics.csv without the seconds."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v and k != "seconds"}
+                for row in csv.DictReader(file)]
 
 
 def rank(number, port, out, one):
@@ -60,6 +72,8 @@ def test_two_ranks_train_what_one_process_trains_and_one_goes_on(tmp_path):
             x, y = (torch.cat([v.flatten().double() for v in state[part].values()])
                     for state in (a, b))
             assert (x - y).norm() < 1e-5 * x.norm(), (name, part)
+        for a, b in zip(*(rows(root / name) for root in (one, two)), strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-4), name
 
 
 def test_one_process_is_left_as_it_is():

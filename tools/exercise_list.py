@@ -92,7 +92,7 @@ EXERCISES = [
     Exercise("clipped_loss", "policy", "lrpo.clipped_loss", 20,
              "PPO's trust region", "Return PPO's clipped loss and the ratio.",
              ("The ratio is made of logarithms; the old one is a number, the new one has a graph.",
-              "Of the two objectives PPO believes the more pessimistic; and what is minimised is "
+              "Of the two objectives PPO takes the more pessimistic; and what is minimised is "
               "minus the objective."),
              f"{LRPO} --group 2 --batch_size 128 --out runs/lrpo_g2",
              "Two restorations of more images, or eight of fewer: which learns faster?"),

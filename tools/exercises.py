@@ -26,8 +26,9 @@ ROOT = Path(__file__).parents[1]
 GUIDE = "docs/instructor.md"        # has the answers; a student's copy is without it
 COPIED = ("*.py", "support/*.py", "tools/*.py", "tests/exercise_checks.py", "tests/checks_*.py",
           "tests/requirements.txt", "requirements.txt", "README.md", "LICENSE", ".gitignore",
-          "docs/reference.md", "docs/*.png")
-LEFT_OUT = ("tools/throughput.py", "docs/long.png", "docs/refl.png", "docs/refl_curves.png")
+          "docs/reference.md", "docs/metrics.md", "docs/*.png")
+LEFT_OUT = ("tools/throughput.py", "tools/tables.py", "tools/trials.py", "docs/long.png",
+            "docs/refl.png", "docs/refl_curves.png")
 SCORE_SEED = 1_000_003      # of the new faces, unless the instructor chooses another
 
 

@@ -159,7 +159,8 @@ def main():
         p.add_argument(f"--{name}", default=value, type=TYPES[type(value)], help=f"({value})")
     p.add_argument("--bf16", default="off", choices=["on", "off"])
     p.add_argument("--methods", action="store_true", help="measure the methods as well")
-    p.add_argument("--growth", action="store_true", help="only measure how an LRPO step grows")
+    p.add_argument("--growth", action="store_true", help="only measure how an LRPO step grows "
+                   "(with --channels, --rounds, --seconds and --device)")
     args = p.parse_args()
     args.device, args.bf16 = pick_device(args.device), args.bf16 == "on"
     print(f"torch {torch.__version__}, threads {torch.get_num_threads()}",
