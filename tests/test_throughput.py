@@ -105,3 +105,14 @@ def test_the_bare_calls_are_those_of_the_step(monkeypatch):
     monkeypatch.setattr(throughput, "compare", compare)
     throughput.methods(UNet(Config(16, 8)), settings())
     assert titles == ["sft", "lrpo", "refl", "darl"]
+
+
+def test_growth_fits_the_exponent(monkeypatch, capsys):
+    """A step whose time is the square of G, and twelve times the side."""
+    monkeypatch.setattr(throughput, "GROWTH", {"group": (2, 4, 8), "side": (16, 32)})
+    monkeypatch.setattr(throughput, "turns", lambda steps, args: {
+        v: [v ** 2.0 if 2 in steps else 12.0 * v] for v in steps})
+    throughput.growth(settings())
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    assert [row.split("|")[4].strip() for row in rows] == ["2.00", "1.00"] * 2
+    assert "| LRPO, group | 2 4 8 | 4 16 64 |" in rows[0]
