@@ -61,7 +61,7 @@ def train_here(run):
     torch.manual_seed(run.seed)             # for the first weights; everything else: `generator`
     generator = torch.Generator().manual_seed(run.seed)
     net = network(run, device)
-    photos = Photos.load(run.data, run.size, "train", run.faces, run.seed)
+    photos = Photos.load(run.data, run.size, "train", run.faces, run.seed, run.workers)
     parts = run, net, device, generator
     method, validate = build_frm(*parts, photos) if run.mode == "frm" else build_method(*parts)
     ema = EMA(method.net, EMA_DECAY[run.mode], from_scratch=run.mode not in METHODS)

@@ -116,24 +116,41 @@ class Photos:
         return cls(torch.stack(list(read.values())), list(read))
 
     @classmethod
-    def drawn(cls, n: int, seed: int, size: int, split: str):
+    def drawn(cls, n: int, seed: int, size: int, split: str, workers: int = 0):
         """n drawn faces: "train" is 0 .. n-1 of `seed`, "heldout" is the same for every seed.
-        Raises UserError for a number above a million, or a size that cannot be drawn."""
+        `workers` processes draw them, or this one for 0; the faces are the same. Raises UserError
+        for a number above a million, or a size that cannot be drawn."""
         if not 1 <= n <= MAX_DRAWN:
             raise UserError(f"--faces: choose 1 to {MAX_DRAWN} drawn faces, not {n}")
         first, seed = {"train": (0, seed), "heldout": (MAX_DRAWN, 0)}[split]
         numbers = torch.arange(first, first + n)
         try:
-            faces = [to_uint8(draw_faces(part, seed, size)) for part in numbers.split(256)]
+            draw_faces(numbers[:1], seed, size)
         except ValueError as error:
             raise UserError(f"--size or --seed: {error}") from None
-        return cls(torch.cat(faces), [f"face {i}" for i in numbers.tolist()])
+        faces = DataLoader(Drawing(numbers, seed, size), batch_size=None, num_workers=workers,
+                           worker_init_fn=ignore_interrupt, generator=torch.Generator())
+        return cls(torch.cat(list(faces)), [f"face {i}" for i in numbers.tolist()])
 
     @classmethod
-    def load(cls, folder, size: int, split: str, faces: int, seed: int = 0):
+    def load(cls, folder, size: int, split: str, faces: int, seed: int = 0, workers: int = 0):
         """`from_folder`, or without a folder `faces` drawn faces."""
         return (cls.from_folder(folder, size, split) if folder
-                else cls.drawn(faces, seed, size, split))
+                else cls.drawn(faces, seed, size, split, workers))
+
+
+class Drawing(Dataset):
+    """Drawn faces as bytes, 256 in each item."""
+
+    def __init__(self, numbers: Tensor, seed: int, size: int):
+        self.parts, self.seed, self.size = numbers.split(256), seed, size
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """uint8 (256, 3, S, S), or fewer in the last item."""
+        return to_uint8(draw_faces(self.parts[i], self.seed, self.size))
 
 
 def draw_degradation(rng, size: int, lo=0., hi=1.) -> dict:

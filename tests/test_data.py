@@ -12,6 +12,7 @@ from skimage.transform import resize
 from support import data
 from support.cli import UserError
 from support.data import Photos
+from support.faces import draw_faces
 
 NONE = dict(sigma_x=.01, sigma_y=.01, angle=0., factor=1., noise=0., quality=100)   # spoils nothing
 
@@ -375,6 +376,12 @@ def test_sheet_has_a_line_an_image_and_a_column_a_tensor():
             tile = picture[line * 32:line * 32 + 32:2, column * 32:column * 32 + 32:2]
             expected = data.to_uint8(images[column, line]).permute(1, 2, 0).numpy()
             assert (tile == expected).all()
+
+
+def test_workers_draw_the_same_faces():
+    here, there = (data.Photos.drawn(300, 5, 16, "train", workers) for workers in (0, 1))
+    assert torch.equal(here.images, there.images) and here.names == there.names
+    assert torch.equal(here.images[-1:], data.to_uint8(draw_faces([299], 5, 16)))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -6,8 +6,8 @@
 
 A document marks a table by the line `<!-- tools.tables NAME -->` above it. In docs/data, lrpo.json,
 darl.json, demo.json and long.json are by tools/claims.py, run.json, real.json and sampler.json
-hold means and errors by evaluate.py, speed.json the medians and ranges of tools/throughput.py, and
-symptoms.json is by tools/symptoms.py. A file with a "note" holds figures as they were printed.
+hold means and errors by evaluate.py, speed.json and growth.json medians by tools/throughput.py,
+and symptoms.json is by tools/symptoms.py. A file with a "note" holds figures as they were printed.
 """
 import argparse
 import json
@@ -76,6 +76,8 @@ TABLES = {
         else f"{mean(value for _, value in points[-10:]):.4g}")),
     "sampler": lambda: lay_out("", {K: K for K in read("sampler")["rows"]["eta = 0"]}, (
         read("sampler")["rows"]), lambda _, *v: f"{v[0]:.2f}, {short(v[1], 4)}"),
+    "growth": lambda: lay_out("", {k: k for k in ("values", "seconds", "exponent")}, (
+        read("growth")["rows"]), lambda _, *v: " ".join(f"{x:g}" for x in v)),
     "run": run, "real": real, "real_three": real_three,
     "half": lambda: lay_out("", JUDGED, read("demo")["means"], lambda key, *seeds: (
         f"{mean(seeds):.{2 if key == 'psnr' else 4}f}")),
