@@ -26,6 +26,7 @@ from support.frontier import (FRONTIER_STEPS, distances_beyond, draw_frontier, s
 from support.lpips_reward import LPIPS
 
 HELD_OUT_SEED = 2 ** 32 - 1     # of the held-out degradations; no run can have it
+SHOWN = 5                       # faces in the picture (ours)
 
 
 def held_out(data, size: int, n: int, device):
@@ -173,7 +174,8 @@ def compare(args):
     print(table(all_rows, labels[0]))
     if args.quartiles:
         print_quartiles(all_rows, labels[0], lq, gt)
-    sheet([u[:8] for u in [lq, *images, gt]], scale=max(1, 96 // size)).save(out / "comparison.png")
+    columns = [u[:SHOWN] for u in [lq, *images, gt]]
+    sheet(columns, scale=max(1, 128 // size)).save(out / "comparison.png")
     print(f"{out}/comparison.png: LQ | {' | '.join(labels)} | ground truth")
     if args.frontier:
         facts |= place_on_frontier(rows, lambda K, eta: measure(
