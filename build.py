@@ -37,9 +37,12 @@ def network(run, device) -> UNet:
         net, state = load_restorer(init, device, "--init")
         check_finished(state, init, "--init")
         if net.config.size != run.size:
-            raise UserError(f"--init {init}: made for {net.config.size} px, not --size {run.size}")
+            raise UserError(f"--init {init}: made for {net.config.size} px, not --size {run.size}; "
+                            "train --mode sft with the same --preset and --size first")
         if state["args"]["data"] and not run.data:
             raise UserError(f"--init {init}: trained on {state['args']['data']}; give its --data")
+        if run.data and not state["args"]["data"]:
+            print(f"--init {init}: trained on drawn faces, not on {run.data}")
         for name, has in (("channels", net.config.channels), ("patch", net.config.patch),
                           ("mults", ",".join(map(str, net.config.mults)))):
             if getattr(run, name) not in (PRESETS[run.preset][name], has):

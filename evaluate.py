@@ -156,6 +156,7 @@ def compare(args):
     if args.quartiles and len(gt) < 4:
         raise UserError(f"--quartiles: needs 4 held-out images or more, not {len(gt)}")
     out = make_folder(args.out)
+    (out / "frontier.png").unlink(missing_ok=True)      # of an earlier comparison
 
     images = [restore(net, lq, K, args.eta, args.seed) for net, K in zip(nets, Ks)]
     if args.best_of:
@@ -199,7 +200,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ddim_steps", type=positive, help="K (default: each as it was trained)")
     p.add_argument("--eta", type=share, default=EVAL_ETA, help=f"DDIM noise ({EVAL_ETA})")
     p.add_argument("--seed", type=seed_number, default=0, help="of the sampler's noise (0)")
-    p.add_argument("--out", default="runs/evaluation", help="for metrics.json and the pictures")
+    p.add_argument("--out", default="runs/evaluation", help="folder for metrics.json and the "
+                   "pictures, which are replaced (runs/evaluation)")
     add_flags(p, settings_fields(ModelSettings))
     return p
 

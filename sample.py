@@ -57,6 +57,9 @@ def main(args):
     if args.sheet:
         check_sheet(Path(args.sheet), args.overwrite)
     net, state = load_restorer(args.ckpt, device)
+    if not state["args"]["data"]:
+        print(f"--ckpt {args.ckpt}: trained on drawn faces, which it will see in any photo; for "
+              "real ones train with --data")
     K = args.ddim_steps or state["args"]["ddim_steps"]
     photos, pairs, skipped = outputs(Path(args.input), Path(args.output)), [], 0
     todo = {path: target for path, target in photos.items()

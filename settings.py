@@ -67,7 +67,7 @@ class RunSettings(ModelSettings):
     resume: bool = setting(False, None, "go on with the run in --out, exactly")
     overwrite: bool = setting(False, None, "start anew where --out holds a run")
     steps: int = setting(None, None, "calls of the method's step, in all")
-    minutes: float = setting(None, None, "stop after so much training time (demo: in each stage)")
+    minutes: float = setting(None, None, "stop after so much training time of this call")
     every: int = setting(None, None, "steps between measurements, with checkpoints")
     batch_size: int = setting(None, None, "images in a step; for lrpo and darl, groups")
     seed: int = setting(0, None, "of everything that is random", type=seed_number)

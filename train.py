@@ -56,8 +56,7 @@ def train_here(run):
     if saved:
         check_resume(saved, run, frm)
         if saved["step"] >= run.steps:
-            return print(f"{run.mode}: {out} is finished, after {saved['step']} steps; with more "
-                         "--steps it goes on")
+            return print(f"{run.mode}: {out} is finished; with a higher --steps it goes on")
     torch.manual_seed(run.seed)             # for the first weights; everything else: `generator`
     generator = torch.Generator().manual_seed(run.seed)
     net = network(run, device)
@@ -139,8 +138,7 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
             break
     if not finished:
         wait()          # torchrun stops all ranks as soon as one has ended
-        print(f"{run.mode}: stopped at step {done} and saved; the same command with --resume "
-              "instead of --overwrite goes on")
+        print(f"{run.mode}: stopped at step {done} and saved; --resume (not --overwrite) goes on")
         sys.exit(128 + number)
     print(f"{run.mode}: done after {spent:.0f} s of training; {out / 'last.pt'}")
 
@@ -153,9 +151,11 @@ def warn_of_collapse(log: Log, out: Path):
     psnr = [float(row["heldout_psnr"]) for row in log.rows if row.get("heldout_psnr")]
     low = [value < psnr[0] - COLLAPSE for value in psnr]
     if low[-2:] == [True, True] and not all(low[-3:-2]):
-        tqdm.write(f"held-out PSNR is more than {COLLAPSE} dB below the start, twice: the reward "
-                   "is being hacked, or --lr is too high; give the likelihood more weight (lrpo: a "
-                   f"lower --fidelity_margin) and compare {out / 'best.pt'}")
+        reward = [float(row["heldout_reward"]) for row in log.rows if row.get("heldout_reward")]
+        tqdm.write(f"held-out PSNR is more than {COLLAPSE} dB below the start, twice: " + (
+            f"--lr is too high, and {out / 'best.pt'} is from before" if reward[-1] < reward[0] else
+            "the reward is being hacked, and best.pt with it; give the likelihood more weight "
+            "(lrpo: --gt_weight auto, or a lower --fidelity_margin)"))
 
 
 def plan(run, net, photos: int, start: int) -> str:

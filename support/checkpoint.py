@@ -154,6 +154,8 @@ def check_folder(run):
     if last.exists() and not run.resume and not run.overwrite:
         raise UserError(f"--out {run.out}: holds a run already; --resume it, --overwrite it, "
                         "or name another --out")
+    if run.init:
+        load_tensors(run.init, "--init")        # now, and not after a download
     sft = Path(run.out).parent / "sft" / "last.pt"
     for source in (run.init or (None if run.mode == "sft" else sft), run.frm_weights):
         if source and Path(source).resolve() == last.resolve():

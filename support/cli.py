@@ -21,6 +21,10 @@ def run_main(main):
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except NotImplementedError as error:
+        if not str(error).startswith("exercise "):     # of a student, see tools/exercises.py
+            raise
+        sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -78,7 +82,8 @@ def number(kind, low, high=math.inf):
             value = math.nan
         if not low <= value <= high or value == math.inf:
             name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {low} to {high}")
+            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {limits}")
         return value
     return parse
 

@@ -19,7 +19,7 @@ import torch
 
 import evaluate
 import settings
-from common import run, small_presets
+from common import SMALL, run, small_presets
 from support.cli import UserError
 from tools import exercises, reward_report
 from tools.exercise_list import EXERCISES
@@ -74,6 +74,11 @@ def missing(*_, **__):
 def test_the_copy_is_complete_without_solutions(copy):
     assert "--mode" in call(copy, "train.py", "--help")
     assert not (copy / ".git").exists() and not (copy / exercises.GUIDE).exists()
+    assert (copy / "README.md").read_text() == (ROOT / "docs/student.md").read_text()
+    done = subprocess.run([sys.executable, "train.py", "--mode", "sft", *SMALL, "--faces", "24"],
+                          cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().startswith("error: exercise ")
+    assert "\n" not in done.stderr.strip()
 
 
 ALONE = """
@@ -184,9 +189,6 @@ def test_the_score_is_the_distance_beyond_the_sft_samplers_frontier(tmp_path, ca
         args.ckpt = str(tmp_path / "wide/last.pt")
         with pytest.raises(UserError, match="another network .* in channels"):
             exercises.score(args)
-        with installed(BY_NAME["sample"].place, missing), \
-                pytest.raises(UserError, match="needs the finished code"):
-            exercises.score(exercises.parser().parse_args(given))
 
 
 # ---------------------------------------------------------------------------------------------

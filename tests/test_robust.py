@@ -140,12 +140,15 @@ def test_what_is_not_finite_is_named_and_never_applied(runs, tmp_path, monkeypat
     assert (tmp_path / mode / "metrics.csv").read_text().count("\n") == 3      # head, 0, 1
 
 
-def test_a_collapse_is_announced_once(tmp_path, capsys):
+@pytest.mark.parametrize("sign, what", [(1, "--lr is too high"), (-1, "reward is being hacked")])
+def test_a_collapse_is_announced_once(tmp_path, capsys, sign, what):
     log = train.Log(tmp_path / "metrics.csv", 0)
     for psnr in (24.0, 22.5, 22.0, 21.0, 20.0):
-        log.rows.append({"step": len(log.rows), "seconds": 0, "heldout_psnr": psnr})
+        log.rows.append({"step": len(log.rows), "seconds": 0, "heldout_psnr": psnr,
+                         "heldout_reward": psnr * sign})
         train.warn_of_collapse(log, tmp_path)
-    assert capsys.readouterr().out.count("best.pt") == 1
+    said = capsys.readouterr().out
+    assert said.count("held-out PSNR") == 1 and what in said
 
 
 def test_another_reward_model_is_noticed_on_resume(runs, tmp_path):

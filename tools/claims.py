@@ -180,8 +180,8 @@ def curves(data: dict, path: Path):
     for arm, color in DRAWN.items():
         for i, seed in enumerate(data["history"][arm].values()):
             ax.plot(change(seed["psnr"]), change(seed["reward"]), ".-", color=color, ms=4, lw=1,
-                    label=None if i else arm)
-    ax.plot(data["arms"][LONGER]["psnr"], data["arms"][LONGER]["reward"], "ks", label=LONGER)
+                    label=None if i else arm.removeprefix("strategy 2 off: "))
+    ax.plot(data["arms"][LONGER]["psnr"], data["arms"][LONGER]["reward"], "ks", label="SFT longer")
     ax.axvline(0, color=".8", lw=.8, zorder=0)
     ax.axhline(0, color=".8", lw=.8, zorder=0)
     ax.set(xlabel="change of held-out PSNR, dB", ylabel="change of held-out reward")

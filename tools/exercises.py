@@ -24,8 +24,9 @@ from tools.exercise_list import EXERCISES, Exercise
 
 ROOT = Path(__file__).parents[1]
 GUIDE = "docs/instructor.md"        # has the answers; a student's copy is without it
+STUDENTS_README = "docs/student.md"
 COPIED = ("*.py", "support/*.py", "tools/*.py", "tests/exercise_checks.py", "tests/checks_*.py",
-          "tests/requirements.txt", "requirements.txt", "README.md", "LICENSE", ".gitignore",
+          "tests/requirements.txt", "requirements.txt", "LICENSE", ".gitignore",
           "docs/reference.md", "docs/metrics.md", "docs/*.png")
 LEFT_OUT = ("tools/throughput.py", "tools/tables.py", "tools/trials.py", "docs/long.png",
             "docs/refl.png", "docs/refl_curves.png")
@@ -84,6 +85,7 @@ def make(args):
     for name in files.keys() - {*LEFT_OUT}:
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(files[name], out / name)
+    shutil.copyfile(ROOT / STUDENTS_README, out / "README.md")
     for exercise in EXERCISES:
         path = out / f"{exercise.place.split('.')[0]}.py"
         path.write_text(without_body(path.read_text(), exercise))
@@ -102,6 +104,9 @@ def run_check(exercise: Exercise) -> tuple[str, str]:
         getattr(checks, f"check_{exercise.name}")()
     except NotImplementedError as error:
         return "not done", str(error)
+    except ModuleNotFoundError as error:
+        raise UserError(f"check: {error.name} is not installed; pip install -r "
+                        "tests/requirements.txt") from None
     except AssertionError as error:
         return "wrong", str(error)
     except Exception as error:      # whatever a student's code raises is a finding, not the end
@@ -146,10 +151,7 @@ def hint(args):
 def score(args):
     """Print the score of a checkpoint, as tools/exercise_score.py says."""
     from tools.exercise_score import score_checkpoint   # here: torch is slow to import
-    try:
-        score_checkpoint(args)
-    except NotImplementedError as error:
-        raise UserError(f"{error} The score needs the finished code.") from None
+    score_checkpoint(args)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,11 +14,13 @@ import json
 import re
 from statistics import mean, stdev
 
+from settings import MODES, PRESETS
 from support.cli import UserError, run_main
 from tools.claims import COLUMNS, ROOT, as_table, lay_out
 from tools.symptoms import PANELS
 
-DOCUMENTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "metrics.md"
+DOCUMENTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "metrics.md", \
+    ROOT / "docs" / "reference.md"
 MARKED = re.compile(r"(<!-- tools\.tables (\w+) -->\n)((?:\|.*\n)*)")
 JUDGED = {"psnr": "PSNR", **{name: COLUMNS[name] for name in ("ssim", "lpips", "r_face", "r_dwt")}}
 
@@ -51,7 +53,7 @@ def real() -> str:
 def real_three() -> str:
     """Real faces in three rows: SFT, SFT trained on, LRPO's mean and deviation over the seeds."""
     rows, digits = read("real")["rows"], {"psnr": 2, "ssim": 3, "lpips": 4}
-    three = {"SFT": ["SFT, K = 5"], "SFT trained on for the same time": ["SFT trained on"],
+    three = {"SFT": ["SFT, K = 5"], "SFT, trained longer by LRPO's time": ["SFT trained on"],
              "LRPO, `--fidelity_margin 0`": [name for name in rows if "margin 0," in name]}
 
     def cell(key, *seeds):
@@ -70,7 +72,19 @@ def reward(title: str) -> str:
         + "*" * len(cell[2:])))
 
 
+def presets() -> str:
+    """What each preset sets, for all modes and then for each."""
+    rows = {f"`--{key}`": {name: [p[key]] for name, p in PRESETS.items() if key in p}
+            for key, value in PRESETS["base"].items() if not isinstance(value, dict)}
+    rows |= {f"{mode}: steps, batch, lr, every": {
+        name: [p[mode][key] for key in ("steps", "batch_size", "lr", "every")]
+        for name, p in PRESETS.items()} for mode in MODES if mode in PRESETS["base"]}
+    return lay_out("", {name: f"`{name}`" for name in PRESETS}, rows, lambda _, *values: (
+        ", ".join(f"{v:,}" if type(v) is int else str(v) for v in values)))
+
+
 TABLES = {
+    "presets": presets,
     "symptoms": lambda: lay_out("run", {key: f"`{key}`" for key in PANELS}, read("symptoms"), (
         lambda key, *points: f"{points[-1][1] - points[0][1]:+.4f}" if key.startswith("heldout")
         else f"{mean(value for _, value in points[-10:]):.4g}")),
