@@ -135,7 +135,7 @@ def parse(argv=None) -> dict:
     if "resume" in given and "overwrite" in given:
         raise UserError("--resume, --overwrite: give only one of them")
     if "fidelity_margin" in given and given.get("gt_weight", "auto") != "auto":
-        raise UserError("--fidelity_margin: steers --gt_weight auto; leave one of them out")
+        raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one out")
     return given
 
 

@@ -130,7 +130,7 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
                 save(out / "best.pt", state(done, best, finished))
             save(out / "last.pt", state(done, best, finished))
             left = min((run.steps - done) * (spent - earlier) / (done - start), limit - spent)
-            tqdm.write(f"{run.mode}: step {done} of {run.steps}, {max(left, 0):.0f} s left; "
+            tqdm.write(f"{out.name}: step {done}, {max(left, 0):.0f} s left; "
                        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
             warn_of_collapse(log, out)
         clock = time.perf_counter()         # measuring and saving are not training time
@@ -138,9 +138,9 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
             break
     if not finished:
         wait()          # torchrun stops all ranks as soon as one has ended
-        print(f"{run.mode}: stopped at step {done} and saved; --resume (not --overwrite) goes on")
+        print(f"{out.name}: stopped at step {done} and saved; --resume (not --overwrite) goes on")
         sys.exit(128 + number)
-    print(f"{run.mode}: done after {spent:.0f} s of training; {out / 'last.pt'}")
+    print(f"{out.name}: done after {spent:.0f} s of training in all; {out / 'last.pt'}")
 
 
 COLLAPSE = 1.0      # ours: dB of held-out PSNR below the start; no method at its defaults loses .5

@@ -133,8 +133,8 @@ def check_ddim_mean():
          "bring the variance of x_s to that of its level.")
     far(mu(zero, one, 2, 1, 1.0), math.sqrt(.5) * one, "eta is ignored: fresh noise of variance "
         "sigma^2 comes later, and the mean has to leave room for it.")
-    near(mu(zero, one, 2, 1, 1.0), math.sqrt(.5 - 4 / 9) * one, "The variances of fresh noise and of the "
-         "kept noise should add up to that of the level s.")
+    near(mu(zero, one, 2, 1, 1.0), math.sqrt(.5 - 4 / 9) * one, "The variances of fresh noise and "
+         "of the kept noise should add up to that of the level s.")
     near(mu(one, one, 2, -1, 1.0), one, "The last step arrives at the clean image, s = -1.")
     d.sigma = lambda t, s, eta: torch.tensor(math.sqrt(.5) * (1 + 1e-7), dtype=torch.float64)
     assert mu(one, one, 2, 1, 1.0).isfinite().all(), \

@@ -146,7 +146,7 @@ def test_evaluate_and_sample(runs, tmp_path, capsys):
     assert row["reward"] == pytest.approx(want, rel=1e-5) and figures["images"] == 6
     best = figures["rows"]["sft, best of 2"]
     assert best["reward"] > figures["rows"]["sft"]["reward"]    # of two, one is the row's own
-    assert Image.open(tmp_path / "e" / "comparison.png").size == (5 * 96, 6 * 96)
+    assert Image.open(tmp_path / "e" / "comparison.png").size == (5 * 128, 5 * 128)
 
     (tmp_path / "file").touch()
     for flags, message in ((["--out", str(tmp_path / "file")], "not a folder to write to"),

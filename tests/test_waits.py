@@ -14,8 +14,8 @@ MODES = {"sft": [], "frm": [], "lrpo": ["--rewards", "ssim=1"], "darl": ["--rewa
 
 
 def counted(monkeypatch, seen):
-    """Counts every call that reads a tensor (but not masks and copies). Not counted: inside torch, reading what the CPU's
-    generator has just drawn, and the bytes of a JPEG."""
+    """Counts every call that reads a tensor, but not masks and copies. Not counted: inside torch,
+    reading what the CPU's generator has just drawn, and the bytes of a JPEG."""
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         def read(self, *given, name=name, original=getattr(torch.Tensor, name)):
             caller = traceback.extract_stack(limit=2)[0]
