@@ -158,9 +158,9 @@ class LRPO:
 
     def assign_advantages(self, steps: list[Transition], rewards: Tensor, weights: Tensor):
         """A_{i,t} = clip(A_i w_t), from one reward for each trajectory: rewards (P, G)."""
-        A = own_rows(group_advantages(gather(rewards), self.settings.adv_std)).flatten()   # (B,)
+        A = group_advantages(gather(rewards), self.settings.adv_std)    # of the groups of all ranks
         for step, w in zip(steps, weights):
-            step.advantage = (A * w).clamp(-ADV_CLIP, ADV_CLIP)
+            step.advantage = (own_rows(A).flatten() * w).clamp(-ADV_CLIP, ADV_CLIP)     # (B,)
 
     def gt_log_prob(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
         """log pi(x_gt_s | x_t, LQ) = log N(x_gt_s; mu, sigma^2 I), averaged over D: (B,). x_gt_s,
