@@ -69,7 +69,7 @@ def blend_weight(rho: Tensor, blend: str) -> Tensor:
 
     "adaptive" is the method, rho / (1 + rho): 1/2 at the mean difficulty, towards 1 for hard
     images. "hard" is RL alone (1) where rho > 1 and 0 elsewhere, "easy" the reverse of it; a number
-    is the share of every image."""
+    is the share of every image. The result has rho's dtype."""
     if blend == "adaptive":
         return rho / (1 + rho)
     if blend in ("hard", "easy"):

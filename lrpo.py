@@ -75,7 +75,7 @@ def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
     """A_i = (R_i - mean of its group) / (std + 1e-4): (P, G) -> (P, G).
 
     std "group" takes the population standard deviation of the group (the paper's figure), "batch"
-    that of all P * G rewards (the published code). A group whose rewards are equal gets 0.
+    that of all P * G rewards (the published code). A group of std below MIN_STD gets exactly 0.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     group_std = rewards.std(dim=1, keepdim=True, correction=0)          # (P, 1)

@@ -38,7 +38,8 @@ def check_group_advantages():
          "should not count as bad samples, so that every group has the mean 0.", 1e-4)
     got = lrpo.group_advantages(torch.arange(.1, 1, .1)[:, None].repeat(1, 7))
     assert got.isfinite().all() and (got == 0).all(), \
-        "A group whose rewards are all equal says nothing: its advantages are exactly 0."
+        "A group of equal rewards says nothing: its advantages are exactly 0. The mean " \
+        "of equal float32 numbers may differ from them by rounding."
     got = lrpo.group_advantages(torch.tensor([[.47, .49, .62]], dtype=torch.float64))
     assert abs(got[0, 0] + .695) > .01, ("This divides by the standard deviation of a sample "
                                          "(n - 1); the paper's figure has that of the population.")
@@ -51,6 +52,9 @@ def check_group_advantages():
          "divisor is never much below 1e-4.", 1e-3)
     r = torch.tensor([[0., 1.], [0., 3.], [.1, .1]], dtype=torch.float64)
     std = math.sqrt(sum((u - .7) ** 2 for u in (0, 1, 0, 3, .1, .1)) / 6)
+    many = torch.tensor([[.1] * 7, [.1, .2, .3, .4, .5, .6, .7]])
+    assert (lrpo.group_advantages(many, "batch")[0] == 0).all(), "Whether the rewards of a group " \
+        "are equal is judged within the group, whatever divides."
     near(lrpo.group_advantages(r, "batch") * std, [[-.5, .5], [-1.5, 1.5], [0, 0]], "With std = "
          "\"batch\" every group is divided by the standard deviation of all rewards.", 2e-3)
 

@@ -157,9 +157,9 @@ def check_refl_losses():
 
     def loss(*given):
         supervised.append(given)
-        return torch.tensor([1., 3.]).double()
+        return torch.tensor([1., 3.]) + 0 * params[0].sum()
     method.diffusion = Stub(ddim_step=ddim_step, loss=loss)
-    method.settings = Stub(reg="features", denoise_weight=1.)
+    method.settings = Stub(reg="features", denoise_weight=20.)
     x, lq, gt = (noise(seed, 2, 3, 16, 16) for seed in range(3))
     params = [net.head[-1].weight, net.down[0][0].conv1.weight]
     with patch.object(refl, "low_pass", reference_low_pass):
@@ -167,7 +167,8 @@ def check_refl_losses():
         calls = list(seen)
         method.settings = Stub(reg="weights", denoise_weight=0.)
         others, _, _ = method.losses(x, lq, gt, 2)
-        struct = refl.structure_loss(net(x, lq, torch.tensor([2, 2])), gt)
+        struct, clamped = (refl.structure_loss(u, gt) for u in (
+            net(x, lq, torch.tensor([2, 2])), net(x, lq, torch.tensor([2, 2])).clamp(-1, 1)))
     out = net(x, lq, torch.tensor([2, 2]))
     assert {(call.t, call.s) for call in calls} == {(2, 0)}, "The step with gradient is step k."
     assert {*losses} == {"reward", "struct", "reg", "denoise"}, \
@@ -181,20 +182,20 @@ def check_refl_losses():
         "the predicted clean image x0_hat: mu is still noisy.")
     far(losses["reward"], total.mean(), "Descending the loss should raise the reward.")
     near(losses["reward"], 1 - total.mean(), "The best reward of all gives the loss 0.")
-    assert losses["reward"].requires_grad and losses["struct"].requires_grad, \
-        "No gradient reaches the network: between it and the reward nothing may be detached."
+    for name in losses:
+        assert losses[name].requires_grad, f"No gradient of the loss {name} reaches the network: " \
+            "between the network and each loss nothing may be detached."
     grads = torch.autograd.grad(losses["reward"], params, retain_graph=True)
     for mine, theirs in zip(grads, torch.autograd.grad(total.mean(), params)):
         near(mine, -theirs, "The gradient of the reward should pass through the step, to the "
              "network's weights.")
+    far(losses["struct"], clamped, "L_struct compares x0_hat as it is, not clamped.")
     near(losses["struct"], struct, "L_struct compares x0_hat with the photo.")
     features = []
     for which in (net, frozen):
         with refl.block_outputs(which) as kept:
             which(x, lq, torch.tensor([2, 2]))
         features.append(kept)
-    assert losses["reg"].requires_grad, \
-        "L_reg regularises the network, so its gradient has to reach it: no features are detached."
     near(losses["reg"], sum((a - b).square().mean() for a, b in zip(*features)), "L_reg compares "
          "the features of the trained and of the frozen network in the same step, from one x_t.")
     near(others["reg"], sum((p - q).square().sum() for p, q in zip(
@@ -204,6 +205,7 @@ def check_refl_losses():
     assert given[0] is net and given[1] is lq and given[2] is gt and \
         given[3] is method.generator, "The supervised loss is that of the trained network on the " \
         "pair (lq, gt), with the method's generator."
+    far(losses["denoise"], 40, "The losses are returned without their weights.")
     near(losses["denoise"], 2, "L_denoise is the mean of the supervised loss over the batch.")
 
 
@@ -219,6 +221,9 @@ class Judge(torch.nn.Module):
 
     def score(self, x):
         return x.mean((2, 3)) @ self.w
+
+    def forward(self, x, y=None):
+        return self.score(x).sigmoid()
 
 
 def check_update_frm():
@@ -243,6 +248,8 @@ def check_update_frm():
     assert stats.keys() >= {"frm_loss", "frm_accuracy"}, "The metrics are frm_loss, frm_accuracy."
     got = stats["frm_loss"]
     far(got, sum(turned) / 2, "The pairs are the wrong way round: the photo is the better picture.")
+    squashed = [-torch.log(logit(logit(a) - logit(u))).mean() for u in (b, c)]
+    far(got, sum(squashed) / 2, "The pair loss compares scores, in logits, and not rewards.")
     far(got, pairs[0], "The model forgets what damage is: it should also learn that the photo is "
         "better than its degraded self.")
     far(got, pairs[1], "The model should learn about the policy's own restorations, or the policy "

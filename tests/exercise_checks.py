@@ -41,9 +41,9 @@ def mean(x):
 
 def fake_policy(schedule, seen, weight):
     """A stand-in for a diffusion process: its steps need no network, and note what they are given.
-    Its last step has a sigma, which no one should use."""
+    The last step, s = -1, has sigma = 0."""
     def ddim_step(net, x, lq, t, s, eta):
-        mu, sigma = weight * x + lq / 10, torch.tensor(.3 + .1 * t, dtype=torch.float64)
+        mu, sigma = weight * x + lq / 10, torch.tensor((.3 + .1 * t) * (s >= 0)).double()
         seen.append(Stub(x=x, lq=lq, t=t, s=s, eta=eta, mu=mu, sigma=sigma, x0_hat=3 * mu))
         return mu, sigma, seen[-1].x0_hat
     return Stub(schedule=lambda K: schedule[:K], ddim_step=ddim_step)

@@ -165,7 +165,7 @@ EXERCISES = [
     Exercise("refl_losses", "rewards", "refl.ReFL.losses", 35,
              "a reward's gradient through one step",
              "Take step k with gradient and return the losses.",
-             ("Only the reward's path matters to the gradient: network, x0_hat, reward.",
+             ("Every loss needs the gradient of the network; the frozen network needs none.",
               "Run the step inside `with block_outputs(net) as features`; run the frozen network "
               "in the same way, without gradient, and compare the two lists."),
              f"{REFL} --denoise_weight 0 --out runs/refl_no_denoise",

@@ -103,7 +103,9 @@ def run_check(exercise: Exercise) -> tuple[str, str]:
         checks = importlib.import_module(f"checks_{exercise.set}")
         getattr(checks, f"check_{exercise.name}")()
     except NotImplementedError as error:
-        return "not done", str(error)
+        if str(error).startswith(f"exercise {exercise.name}:"):
+            return "not done", str(error)
+        return "error", f"NotImplementedError: {error}"
     except ModuleNotFoundError as error:
         raise UserError(f"check: {error.name} is not installed; pip install -r "
                         "tests/requirements.txt") from None
