@@ -173,8 +173,9 @@ class ReFL:
     def update_frm(self, restored: Tensor, lq: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """The dynamic reward model: one `optimiser_step` of `frm_optimizer` on the mean of two pair
         losses of the scores, (photo preferred to its restoration) and (photo preferred to its
-        degraded self), images (B, 3, H, W). `frm.trained()` needs gradients for it, and none after it. Returns the
-        metrics: frm_loss, and frm_accuracy, the share of photos scored above their restoration."""
+        degraded self), images (B, 3, H, W). `frm.trained()` needs gradients for it, and none after
+        it. Returns the metrics: frm_loss, and frm_accuracy, the share of photos scored above their
+        restoration."""
         for p in self.frm.trained():
             p.requires_grad_(True)
         photo, worse, worst = (self.frm.score(u) for u in (gt, restored, lq))   # (B,) each
