@@ -62,9 +62,9 @@ def main(args):
               "real ones train with --data")
     K = args.ddim_steps or state["args"]["ddim_steps"]
     photos, pairs, skipped = outputs(Path(args.input), Path(args.output)), [], 0
-    todo = {path: target for path, target in photos.items()
+    rest = {path: target for path, target in photos.items()
             if args.overwrite or not target.exists()}
-    for path, target in tqdm(todo.items(), "restoring", disable=None):
+    for path, target in tqdm(rest.items(), "restoring", disable=None):
         try:
             lq = to_float(read_photo(path, net.config.size))[None].to(device)   # (1, 3, S, S)
         except UserError as error:
@@ -76,15 +76,15 @@ def main(args):
         with replacing(target) as part:
             sheet([restored]).save(part, "PNG")
         pairs.append((lq.cpu(), restored.cpu()))
-    if todo and not pairs:
+    if rest and not pairs:
         raise UserError(f"--input {args.input}: none of its {skipped} photos can be read")
     if args.sheet and pairs:
         columns = [torch.cat(column) for column in zip(*pairs)]
         sheet(columns, max(1, SHEET_SIDE // net.config.size)).save(args.sheet)
     print(f"restored {len(pairs)} photos at {net.config.size} px to {args.output}"
           + (f"; skipped {skipped}" if skipped else "")
-          + (f"; kept {len(photos) - len(todo)} that were there already (--overwrite restores them "
-             "again)" if len(todo) < len(photos) else ""))
+          + (f"; kept {len(photos) - len(rest)} that were there already (--overwrite restores them "
+             "again)" if len(rest) < len(photos) else ""))
 
 
 def parser() -> argparse.ArgumentParser:

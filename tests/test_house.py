@@ -1,4 +1,4 @@
-"""The house: imports run one way, files stay short, and every public definition says what it does."""
+"""The house: imports run one way, files stay short, every public definition says what it does."""
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path

@@ -184,7 +184,8 @@ def test_sample_loses_nothing_and_goes_on(tmp_path, runs, capsys):
     names = {p.name for p in sample.outputs(photos, out).values()}
     assert names == {"a.jpg.png", "a.tif.png", "b.png"}
     assert ".heic" in capsys.readouterr().err
-    command = ["--ckpt", str(runs / "sft" / "last.pt"), "--input", str(photos), "--output", str(out)]
+    command = ["--ckpt", str(runs / "sft" / "last.pt"), "--input", str(photos),
+               "--output", str(out)]
     out.mkdir()
     (out / "b.png").write_text("kept")
     sample.main(sample.parser().parse_args(command))
