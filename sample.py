@@ -58,8 +58,8 @@ def main(args):
         check_sheet(Path(args.sheet), args.overwrite)
     net, state = load_restorer(args.ckpt, device)
     if not state["args"]["data"]:
-        print(f"--ckpt {args.ckpt}: trained on drawn faces, which it will see in any photo; for "
-              "real ones train with --data")
+        print(f"--ckpt {args.ckpt}: trained on drawn faces, so that it paints drawn eyes; for "
+              "photos use one trained with --data")
     K = args.ddim_steps or state["args"]["ddim_steps"]
     photos, pairs, skipped = outputs(Path(args.input), Path(args.output)), [], 0
     rest = {path: target for path, target in photos.items()
