@@ -116,3 +116,19 @@ def test_growth_fits_the_exponent(monkeypatch, capsys):
     rows = capsys.readouterr().out.splitlines()[-4:]
     assert [row.split("|")[4].strip() for row in rows] == ["2.00", "1.00"] * 2
     assert "| LRPO, group | 2 4 8 | 4 16 64 |" in rows[0]
+
+
+def test_the_operations_of_a_network_are_counted_as_for_a_convolution():
+    """A 3 x 3 convolution of c to d channels costs 18 c d operations a pixel, and twice as many
+    in the backward pass, where the first layer has no gradient of its input to compute."""
+    class Two(torch.nn.Module):
+        config = Config(16, 8)
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (torch.nn.Conv2d(c, d, 3, padding=1) for c, d in ((6, 5), (5, 3)))
+
+        def forward(self, x, lq, t):
+            return self.b(self.a(torch.cat([x, lq], dim=1)))
+    a, b = 18 * 6 * 5 * 256, 18 * 5 * 3 * 256
+    assert throughput.operations(Two()) == (a + b, a + b + a + 2 * b)

@@ -6,8 +6,9 @@
 
 A document marks a table by the line `<!-- tools.tables NAME -->` above it. In docs/data, lrpo.json,
 darl.json, demo.json and long.json are by tools/claims.py, run.json, real.json and sampler.json
-hold means and errors by evaluate.py, speed.json and growth.json medians by tools/throughput.py,
-and symptoms.json is by tools/symptoms.py. A file with a "note" holds figures as they were printed.
+hold means and errors by evaluate.py; speed.json, growth.json and count.json are by
+tools/throughput.py, and symptoms.json by tools/symptoms.py. A file with a "note" holds figures as
+they were printed.
 """
 import argparse
 import json
@@ -90,6 +91,8 @@ TABLES = {
         else f"{mean(value for _, value in points[-10:]):.4g}")),
     "sampler": lambda: lay_out("", {K: K for K in read("sampler")["rows"]["eta = 0"]}, (
         read("sampler")["rows"]), lambda _, *v: f"{v[0]:.2f}, {short(v[1], 4)}"),
+    "count": lambda: lay_out("", {key: key for key in read("count")["rows"]["tiny"]}, (
+        read("count")["rows"]), lambda _, v: f"{v:,}" if type(v) is int else f"{v:,.2f}"),
     "growth": lambda: lay_out("", {k: k for k in ("values", "seconds", "exponent")}, (
         read("growth")["rows"]), lambda _, *v: " ".join(f"{x:g}" for x in v)),
     "run": run, "real": real, "real_three": real_three,

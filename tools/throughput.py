@@ -1,13 +1,14 @@
 """How fast our UNet is against other UNets, and a method's step against its bare network calls.
 
-    python -m tools.throughput [--size 64] [--batch 16] [--rounds 5] [--methods] [--growth]
+    python -m tools.throughput [--size 64] [--batch 16] [--methods | --growth | --count]
 
 The peers (tools/requirements.txt) are as they ship, with three levels and, within 5 %, our number
 of parameters. Only ours has a pixel-unshuffle stem; --patch 1 is without. A step also draws noise,
 computes rewards and metrics, and clips the gradient. Weights and images are random. Competitors
 take turns, because a shared machine's speed drifts. A figure is the median over the rounds (and the
 range); the ratio of a table's first row to each row is formed within a round. --growth measures how
-the time of an LRPO step grows with G, K and the side of the images.
+the time of an LRPO step grows with G, K and the side of the images. --count counts the operations
+of each preset instead of measuring, and needs no GPU.
 """
 import argparse
 from copy import deepcopy
@@ -17,15 +18,16 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from darl import DARL
 from model import Config, Diffusion, UNet
 from refl import ReFL
 from rewards import CompositeReward
 from lrpo import LRPO, LRPOSettings
-from settings import method_settings
+from settings import PRESETS, method_settings
 from sft import SFT
-from steered import SteeredLRPO, SteeredSettings
+from steered import GAP_IMAGES, SteeredLRPO, SteeredSettings
 from support.checkpoint import pick_device
 from support.cli import TYPES, UserError, run_main
 
@@ -152,6 +154,36 @@ def growth(args):
                   f"{' '.join(f'{s:.3g}' for s in seconds)} | {exponent:.2f} |")
 
 
+def operations(net: UNet) -> tuple[float, float]:
+    """The operations of the network for one image, forward alone and with the backward pass. A
+    multiplication and an addition count as two."""
+    x = torch.zeros(2, 1, 3, net.config.size, net.config.size)
+    with FlopCounterMode(display=False) as counter:
+        out = net(*x, torch.zeros(1, dtype=torch.int64))
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    return forward, counter.get_total_flops()
+
+
+def count():
+    """Print the operations of the networks' calls in a whole run of sft and of lrpo, in 1e15."""
+    print("\n| | parameters | sft, PFLOP | lrpo, PFLOP |\n|---|---|---|---|")
+    for name, preset in PRESETS.items():
+        net = UNet(Config(preset["size"], preset["channels"], patch=preset["patch"],
+                          mults=tuple(map(int, preset["mults"].split(",")))))
+        forward, both = operations(net)
+        sft, lrpo, K = preset["sft"], preset["lrpo"], preset["ddim_steps"]
+        images, group = lrpo["batch_size"], preset.get("group", SteeredSettings.group)
+        members, updates = images * group, SteeredSettings.updates
+        step = (images * ((K - 1) * forward + updates * both) + members * forward
+                if preset.get("branch", SteeredSettings.branch) == "on"
+                else members * (K * forward + updates * (K - 1) * both))
+        step += 2 * K * min(images, GAP_IMAGES) * forward
+        print(f"| {name} | {sum(p.numel() for p in net.parameters()):,} | "
+              f"{sft['steps'] * sft['batch_size'] * both / 1e15:,.2f} | "
+              f"{lrpo['steps'] * step / 1e15:,.2f} |")
+
+
 def main():
     p = argparse.ArgumentParser(description="How fast the network and the methods are.")
     for name, value in {"size": 64, "channels": 32, "patch": 2, "batch": 16, "rounds": 5,
@@ -161,7 +193,10 @@ def main():
     p.add_argument("--methods", action="store_true", help="measure the methods as well")
     p.add_argument("--growth", action="store_true", help="only measure how an LRPO step grows "
                    "(with --channels, --rounds, --seconds and --device)")
+    p.add_argument("--count", action="store_true", help="only count operations")
     args = p.parse_args()
+    if args.count:
+        return count()
     args.device, args.bf16 = pick_device(args.device), args.bf16 == "on"
     print(f"torch {torch.__version__}, threads {torch.get_num_threads()}",
           *(f"{name} {value}" for name, value in vars(args).items()), sep=", ")
