@@ -1,7 +1,8 @@
 """DARL: reinforcement learning for difficult faces, supervised training for easy ones.
 
-Paper    "Difficulty-adaptive RL with an IQA reward" (Xu et al. 2025, arXiv 2511.01645). Its code is
-         not public, and we know only the abstract: every formula here is our reading of it.
+Paper    "Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive Reinforcement Learning
+         with IQA Reward" (Xu et al. 2025, arXiv 2511.01645). Its code is not public, and we know
+         only the abstract and a summary by others: every formula here is our reading of them.
 Claims   of the abstract, in our words, and the flags that test them:
            1. An image quality score without ground truth is the better reward, because supervised
               training has already used the ground truth.                   --rewards
@@ -17,18 +18,19 @@ Reading  (ours) For each LQ image i of a rollout, with its group of G restoratio
            rho_i    = d_i / running mean of d
            lambda_i = rho_i / (1 + rho_i)                                   `blend_weight`
            L        = mean over i of lambda_i L_RL + w (1 - lambda_i) L_SFT  + beta KL(pi || pi_ref)
-         L_RL is the clipped policy gradient of lrpo.py on the branched rollout of steered.py, L_SFT
-         the loss of SFT on the same images; w balances the two.            `loss`
+         L_RL is the clipped policy gradient of lrpo.py, L_SFT the loss of SFT on the same images;
+         w balances the two.                                                `loss`
 """
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from steered import BranchedLRPO, BranchedSettings, gaussian_kl
+from lrpo import LRPO, PolicySettings, gaussian_kl, repeat_to
+from rewards import REWARDS_HELP
 from support.cli import UserError, setting, share
-from support.ranks import gather
+from support.distributed import gather
 
 MEAN_DECAY = 0.95       # ours: a running mean over about twenty rollouts, as the policy improves
 
@@ -41,15 +43,15 @@ def blend_choice(text: str) -> str:
 
 
 @dataclass
-class DARLSettings(BranchedSettings):
-    """LRPO's settings without its loss weights, and DARL's own. No published value is known;
-    "paper" in --help is LRPO's.
+class DARLSettings(PolicySettings):
+    """LRPO's rollout and policy gradient, and DARL's own. No published value is known.
 
-    Raises UserError for step-wise rewards with a branch: the members of a group share the state
-    before the branch, so that its score cancels in the advantage."""
-    pg_weight: float = field(default=1.0, init=False)       # init=False: no flag of this mode
-    gt_weight: float = field(default=0.0, init=False)
-    gt_last: int = field(default=0, init=False)
+    Raises UserError for step-wise rewards of a single own step: the members of a group share the
+    state before it, so that its score cancels in the advantage."""
+    steps: int = setting(45, None, "rollouts in all")
+    lr: float = setting(1e-4, None, "learning rate of AdamW")
+    every: int = setting(15, None, "rollouts between measurements, with checkpoints")
+    rewards: str = setting("face=1", None, REWARDS_HELP)
     blend: str = setting("adaptive", None, "share of RL in an image's loss: adaptive, hard (above "
                          "the mean difficulty only), easy, or a number from 0 to 1",
                          type=blend_choice)
@@ -60,8 +62,8 @@ class DARLSettings(BranchedSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.stepwise == "on" and self.branch == "on":
-            raise UserError("--stepwise on: needs --branch off (and a smaller --batch_size)")
+        if self.stepwise == "on" and self.own_steps == 1:
+            raise UserError("--stepwise on: needs --own_steps 0 (and a smaller --batch_size)")
 
 
 def blend_weight(rho: Tensor, blend: str) -> Tensor:
@@ -77,63 +79,70 @@ def blend_weight(rho: Tensor, blend: str) -> Tensor:
     return torch.full_like(rho, float(blend))
 
 
-class DARL(BranchedLRPO):
-    """LRPO's rollout and policy gradient, with a loss blended with SFT's by difficulty."""
+class DARL:
+    """LRPO's rollout and policy gradient, with a loss blended with SFT's by difficulty. A reward
+    with the term `lpips`, of whatever weight, measures the difficulty by it."""
 
-    def __init__(self, net, diffusion, reward, generator, settings, lpips=None):
-        super().__init__(net, diffusion, reward, generator, settings)
-        self.lpips, self.mean = lpips, None
+    def __init__(self, net, diffusion, reward, generator, settings):
+        self.lrpo = LRPO(net, diffusion, reward, generator, settings)
+        self.net, self.optimizer, self.settings = net, self.lrpo.optimizer, settings
         self.reference = copy.deepcopy(net).requires_grad_(False)
+        self.mean = None            # the running mean of d, (), from the first rollout on
 
     def difficulty(self, restored: Tensor, gt: Tensor) -> Tensor:
         """d_i, the mean distance of a group's members from the ground truth: (B, 3, H, W) each ->
-        (P,). LPIPS if it is loaded, else L1."""
-        restored = restored.clamp(-1, 1)
-        d = 1 - self.lpips(restored, gt) if self.lpips else (restored - gt).abs().mean((1, 2, 3))
+        (P,). LPIPS if the reward has it, else L1."""
+        restored, lpips = restored.clamp(-1, 1), self.lrpo.reward.terms.get("lpips")
+        d = 1 - lpips(restored, gt) if lpips else (restored - gt).abs().mean((1, 2, 3))
         return d.view(-1, self.settings.group).mean(dim=1)
 
-    def score(self, restored: Tensor, gt: Tensor):
-        """As LRPO.score. Side effect: keeps the difficulty and lambda of each image, (P,) each, for
-        `loss`, and gt for `assign_advantages`."""
-        self.gt, self.d = gt, self.difficulty(restored, gt)                     # d: (P,)
-        mean = gather(self.d).mean()                                            # over all ranks
-        self.mean = mean if self.mean is None else self.mean
-        self.blend_weights = blend_weight(self.d / self.mean, self.settings.blend)      # (P,)
-        self.mean = self.mean.lerp(mean, 1 - MEAN_DECAY)
-        return super().score(restored, gt)
-
-    def assign_advantages(self, steps, rewards: Tensor, weights: Tensor):
-        """As LRPO.assign_advantages. Step-wise: a step is credited with the reward gained from it
-        on, R(x_0) minus the reward of x0_hat before the step."""
+    def step_rewards(self, R: Tensor, steps, gt: Tensor) -> Tensor:
+        """The reward that each DDIM step is credited with, (1, B) or (n, B). Step-wise it is what
+        is gained from the step on, R(x_0) (B,) minus the reward of x0_hat before the step."""
         if self.settings.stepwise == "off":
-            return super().assign_advantages(steps, rewards, weights)
-        for step, w in zip(steps, weights):
-            gained = rewards - self.reward(step.x0_hat, self.gt)[0].view_as(rewards)    # (P, G)
-            super().assign_advantages([step], gained, [w])
+            return R[None]
+        before = [self.lrpo.reward(repeat_to(step.x0_hat, len(gt)), gt)[0] for step in steps]
+        return R - torch.stack(before)
 
-    def loss(self, step, lq: Tensor, gt: Tensor, mu: Tensor, sigma: Tensor, pg: Tensor):
-        """lambda_i L_RL + w (1 - lambda_i) L_SFT + beta KL, a scalar, and its terms by name."""
-        settings, G = self.settings, self.settings.group
-        lam = self.blend_weights                                                # (P,)
-        rl = (lam.repeat_interleave(G) * pg).mean()
-        sft = self.diffusion.loss(self.net, lq[::G], gt[::G], self.generator)   # (P,)
+    def loss(self, step, lq: Tensor, gt: Tensor, lam: Tensor, mu: Tensor, sigma: Tensor,
+             pg: Tensor):
+        """lambda_i L_RL + w (1 - lambda_i) L_SFT + beta KL, a scalar, and its terms by name. lq, gt
+        (P, 3, H, W), lam (P,), mu (B, 3, H, W), sigma a scalar, pg (B,) of `clipped_loss`."""
+        settings, diffusion = self.settings, self.lrpo.diffusion
+        rl = (repeat_to(lam, len(pg)) * pg).mean()
+        sft = diffusion.loss(self.net, lq, gt, self.lrpo.generator)             # (P,)
         sft, terms = ((1 - lam) * sft).mean(), {}
         loss = rl + settings.sft_weight * sft
         if settings.kl_weight:
             with torch.no_grad():
-                ref, _, _ = self.diffusion.ddim_step(self.reference, step.x, lq, step.t, step.s,
-                                                     settings.eta)
-            terms["kl"] = gaussian_kl(mu, ref, sigma).mean()
+                ref, _, _ = diffusion.ddim_step(self.reference, step.x, repeat_to(lq, len(step.x)),
+                                                step.t, step.s, settings.eta)
+            terms["kl"] = gaussian_kl(mu, repeat_to(ref, len(mu)), sigma).mean()
             loss = loss + settings.kl_weight * terms["kl"]
         return loss, {"pg_loss": rl, "sft_loss": sft, **terms}
 
-    def improve(self, batch) -> dict[str, Tensor]:
-        """As LRPO.improve. The metrics also hold difficulty and lambda, their mean and standard
-        deviation over the images."""
-        stats = super().improve(batch)
-        d, lam = gather(self.d), gather(self.blend_weights)                     # of all ranks
-        return stats | {"difficulty": d.mean(), "difficulty_std": d.std(correction=0),
-                        "lambda": lam.mean(), "lambda_std": lam.std(correction=0)}
+    def step(self, batch) -> dict[str, float]:
+        """One rollout and the optimiser steps on it. batch = (lq, gt), each (P, 3, H, W). Returns
+        LRPO's metrics, and of difficulty and lambda the mean and standard deviation over the
+        images. Raises RuntimeError as LRPO does."""
+        lq, gt = batch
+        restored, steps = self.lrpo.rollout(lq)
+        targets = repeat_to(gt, len(restored))                                  # (B, 3, H, W)
+        with torch.no_grad():
+            d = self.difficulty(restored, targets)                              # (P,)
+            all_d = gather(d)                                                   # of all ranks
+            self.mean = all_d.mean() if self.mean is None else self.mean
+            rho = d / self.mean
+            self.mean = self.mean.lerp(all_d.mean(), 1 - MEAN_DECAY)
+            lam = blend_weight(rho, self.settings.blend)                        # (P,)
+            R, terms = self.lrpo.reward(restored, targets)                      # (B,)
+            self.lrpo.assign_advantages(steps, self.step_rewards(R, steps, targets))
+        stats = self.lrpo.optimise(steps, lq, R, terms, lambda step, mu, sigma, pg: (
+            self.loss(step, lq, gt, lam, mu, sigma, pg)))
+        all_lam = gather(lam)
+        return self.lrpo.numbers(stats | {
+            "difficulty": all_d.mean(), "difficulty_std": all_d.std(correction=0),
+            "lambda": all_lam.mean(), "lambda_std": all_lam.std(correction=0)})
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside network and optimiser."""

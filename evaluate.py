@@ -15,15 +15,13 @@ import torch
 
 from frm import load_face_reward
 from model import BATCH, EVAL_ETA, load_restorer, restore
-from rewards import CompositeReward, parse_rewards, psnr, ssim
+from rewards import LPIPS, load_reward, parse_rewards, psnr, ssim
 from support.checkpoint import pick_device
 from support.cli import (ModelSettings, UserError, add_flags, make_folder, positive, run_main,
                          seed_number, settings_fields, share)
-from support.clipiqa import load_clipiqa
 from support.data import Photos, pairs, sheet
 from support.frontier import (FRONTIER_STEPS, distances_beyond, draw_frontier, sampler_points,
                               standard_error, verdict)
-from support.lpips_reward import LPIPS
 
 HELD_OUT_SEED = 2 ** 32 - 1     # of the held-out degradations; no run can have it
 SHOWN = 5                       # faces in the picture (ours)
@@ -35,19 +33,6 @@ def held_out(data, size: int, n: int, device):
               else Photos.drawn(n, 0, size, "heldout"))
     lq, gt = pairs(photos, range(len(photos)), HELD_OUT_SEED, epoch=0)
     return lq.to(device), gt.to(device)
-
-
-def load_reward(weights: dict[str, float], args, frm_path, device, size: int) -> CompositeReward:
-    """The composite reward with the models that `weights` names, from the files in `args` (flags of
-    ModelSettings) and `frm_path`. Raises UserError if one of them cannot be had."""
-    models = {}
-    if "face" in weights:
-        models["face"] = load_face_reward(frm_path, size=size).eval().requires_grad_(False)
-    if "lpips" in weights:
-        models["lpips"] = LPIPS(args.lpips_net, args.lpips_weights)
-    if "clipiqa" in weights:
-        models["clipiqa"] = load_clipiqa(args.clip_weights)
-    return CompositeReward(weights, **{name: model.to(device) for name, model in models.items()})
 
 
 @torch.no_grad()
@@ -143,11 +128,13 @@ def compare(args):
     Ks = [args.ddim_steps or state["args"]["ddim_steps"] for state in states]
     beside = [Path(path).resolve().parent.parent / "frm" / "last.pt" for path in args.ckpt]
     frm = args.frm_weights or next((path for path in beside if path.exists()), None)
-    weights = parse_rewards(args.rewards or saved["rewards"])
+    trained_on = [state["args"]["rewards"] for state in states if state["args"].get("rewards")]
+    weights = parse_rewards(args.rewards or next(iter(trained_on), "default"))
     if "face" in weights and frm is None and len(weights) > 1:
         del weights["face"]
         print(f"face is left out of the reward: no {beside[0]} is there; --frm_weights names one")
-    reward = load_reward(weights, args, frm, device, size)
+    face = load_face_reward(frm, size=size) if "face" in weights else None
+    reward = load_reward(weights, args, face, device)
     lpips = reward.terms.get("lpips")
     if args.lpips_weights and lpips is None:
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
@@ -196,7 +183,8 @@ def parser() -> argparse.ArgumentParser:
                    "and eta, and each row's distance from what those reach")
     p.add_argument("--best_of", type=positive, help="also the best by reward of n restorations by "
                    "the first checkpoint")
-    p.add_argument("--rewards", help="name=weight,... or a set (default: as the first checkpoint)")
+    p.add_argument("--rewards", help="name=weight,... or a set (default: that of the first "
+                   "checkpoint trained on one)")
     p.add_argument("--ddim_steps", type=positive, help="K (default: each as it was trained)")
     p.add_argument("--eta", type=share, default=EVAL_ETA, help=f"DDIM noise ({EVAL_ETA})")
     p.add_argument("--seed", type=seed_number, default=0, help="of the sampler's noise (0)")

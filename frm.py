@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import gaussian, norm, restore
-from rewards import dwt, psnr, ssim
+from model import norm, restore
+from rewards import dwt, normalise, psnr, ssim
 from support.checkpoint import check_finished, load_run, load_tensors
 from support.cli import UserError, policy_eta, setting
-from support.clipiqa import build_clip, normalise
 from support.data import Photos, graded, pairs
+from support.distributed import gaussian
 from support.log import to_floats
 from support.optimise import optimiser_step
 
@@ -114,6 +114,19 @@ class ClipFaceRewardModel(nn.Module):
         """Does nothing: a cosine has its range already."""
 
 
+def build_clip(config: dict, state: dict, source: str) -> nn.Module:
+    """open_clip's CLIP of this config with exactly the tensors of `state`, frozen, in float32. Raises
+    UserError, naming `source`, if names or shapes differ."""
+    import open_clip
+    clip = open_clip.CLIP(**config)
+    try:
+        clip.load_state_dict(state, strict=True)
+    except (RuntimeError, TypeError, AttributeError):       # names, shapes, or no tensors at all
+        raise UserError(f"{source}: not the weights of this CLIP, or not all of them; "
+                        "--rewards offline needs none") from None
+    return clip.float().eval().requires_grad_(False)
+
+
 def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
     """The model in a file: one of ours (--mode frm), or the published FaceRewardModel.pth, a dict
     whose `state_dict` is an open_clip model's. Raises UserError if the file is neither.
@@ -154,8 +167,12 @@ def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
 
 @dataclass
 class FRMSettings:
-    """Default, published value and meaning; a preset may replace the default."""
-    lr: float = setting(1e-3, 2e-6, "learning rate of AdamW")
+    """Default, published value and meaning."""
+    steps: int = setting(200, None, "optimiser steps in all")
+    batch_size: int = setting(32, None, "images in a step")
+    lr: float = setting(1e-3, None, "learning rate of AdamW")
+    every: int = setting(50, None, "steps between measurements, with checkpoints")
+    frm_weights: str = setting(None, None, "model to start from; left out: a new one of ours")
     eta: float = setting(1.0, None, "DDIM noise of the restorations in the pairs", type=policy_eta)
     labels: str = setting("known", None, "known (pairs of known order), svm (also pairs that an "
                           "SVM labels), or a CSV file of a person's labels, which train the SVM")

@@ -3,23 +3,26 @@
 Paper    LRPO, Likelihood-Regularised Policy Optimisation (Wu et al. 2025, arXiv 2509.23339).
          It builds on DDPO (arXiv 2305.13301), PPO (1707.06347) and GRPO (2402.03300).
 Policy   Each DDIM step is a Gaussian policy: pi(x_{t-1} | x_t, LQ) = N(mu, sigma^2 I).
-Steps    of the algorithm, in the order of `LRPO.improve`:
-         1. Restore each LQ image G times, with independent noise.        `LRPO.rollout`
+Steps    of the algorithm, in the order of `LRPO.step` and `LRPO.optimise`:
+         1. Restore each LQ image G times.                                `LRPO.rollout`
          2. Score the results by the composite reward (strategy 1).       rewards.py
          3. Compare the G results of one image with each other.           `group_advantages`
          4. Weight the advantage of each step by its noise (strategy 3).  `noise_level_weights`
          5. Raise the likelihood of the better trajectories, clipped.     `clipped_loss`
          6. Raise the likelihood of the ground truth (strategy 2).        `gt_likelihood_loss`
-Shapes   P LQ images, G restorations of each, B = P * G, D = 3HW. t-1 in the paper is s here.
-Settings `LRPOSettings`; `--recipe paper` uses all published values. Our recipe is in steered.py.
-Departs  The published code                             here
-         noises the ground truth cumulatively           q(x_s | x_gt), noised once
-         groups images by their caption                 a group is one LQ image
-         divides w_t by the mean sigma of all K steps   by the mean over the trained steps
-         drops samples of advantage 0                   every sample counts in the likelihood
-         lets the exponent of the likelihood be > 0     at most 0
-         has leading steps and scaled-linear betas      trailing steps, DDPM's linear betas
-         has no warm-up and no average of the weights   both, see settings.py
+Shapes   P LQ images, G restorations of each, B = P * G, D = 3HW. t-1 in the paper is s here. "A
+         DDIM step" is one of the K of the sampler; an optimiser step changes the weights.
+Departs  by the values of settings: `LRPOSettings` has the published value of each beside ours, and
+         `--recipe paper` takes that. Three settings are ideas of ours:
+         --own_steps 1           The members of a group share all noise but that of the last DDIM
+                                 step with sigma above 0, and only that one is trained. The rewards
+                                 of a group then differ because of it alone, and one network call
+                                 serves the G states that are equal. (Flow-GRPO-Fast and MixGRPO
+                                 branch too.)
+         --gt_target posterior   The paper noises x_gt anew, so that it is not on the trajectory of
+                                 x_t. The posterior q(x_s | x_t, x_gt) is: `posterior_log_prob`.
+         --gt_weight auto        The weight of the likelihood follows from the PSNR: fidelity.py.
+         What differs from the published code in every recipe: docs/paper_to_code.md.
 """
 import math
 from dataclasses import dataclass
@@ -27,11 +30,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model import MAX_GRAD_NORM, Diffusion, gaussian
-from support.cli import at_least_two, policy_eta, setting, whole
+from fidelity import Fidelity
+from model import MAX_GRAD_NORM, Diffusion
+from rewards import REWARDS_HELP
+from support.cli import UserError, amount, at_least_two, policy_eta, setting, whole
+from support.distributed import gather, gaussian, own_rows
 from support.log import to_floats
 from support.optimise import optimiser_step
-from support.ranks import gather, own_rows
 
 ADV_EPS = 1e-4              # LRPO's code: bounds the advantage where the rewards hardly differ
 ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
@@ -42,13 +47,22 @@ MIN_STD = 1e-6              # ours: below it the float32 rewards of a group coun
 RATIO_SLACK, BF16_SLACK = 1e-5, 1e-3    # ours: another order of summation moves it by 2e-7, 2e-4
 
 
+def auto_or_amount(text: str):
+    """An argparse type: "auto", or a number of 0 or more."""
+    return text if text == "auto" else amount(text)
+
+
 @dataclass
-class LRPOSettings:
-    """Default, published value and meaning. A preset or --recipe paper replaces the default."""
-    lr: float = setting(1e-4, 1e-6, "learning rate of AdamW")
+class PolicySettings:
+    """Rollout and policy gradient, which darl.py shares: default, published value and meaning. A
+    preset or --recipe paper replaces the default."""
+    batch_size: int = setting(32, None, "P, the images of a rollout, with a group each")
+    lr: float = setting(3e-4, 1e-6, "learning rate of AdamW")
     ddim_steps: int = setting(5, 50, "K, sampling steps", type=at_least_two)
     eta: float = setting(1.0, 1.0, "DDIM noise of the rollouts, above 0", type=policy_eta)
     group: int = setting(8, 9, "G, restorations of one image", type=at_least_two)
+    own_steps: int = setting(1, 0, "the last n noisy DDIM steps are each member's own, and trained; "
+                             "a group shares those before (0: shares none)", type=whole)
     updates: int = setting(2, 1, "passes over a rollout")
     steps_per_update: int = setting(0, 1, "DDIM steps whose mean loss makes one optimiser step "
                                     "(0: all)", type=whole)
@@ -56,10 +70,34 @@ class LRPOSettings:
                           "1e-4 at D = 4*64*64")
     adv_std: str = setting("group", "batch", "standard deviation in the advantage",
                            choices=["group", "batch"])
-    noise_level_weights: str = setting("on", "on", "strategy 3 of LRPO", choices=["on", "off"])
+    noise_level_weights: str = setting("on", "on", "strategy 3 of LRPO; 1 for a single own step",
+                                       choices=["on", "off"])
+
+    def __post_init__(self):
+        for name, idle in (("noise_level_weights", "on"), ("steps_per_update", 0)):
+            if self.own_steps == 1 and getattr(self, name) != idle:
+                raise UserError(f"--{name} {getattr(self, name)}: has no effect on a single own "
+                                "step; give --own_steps 0 as well")
+
+
+@dataclass
+class LRPOSettings(PolicySettings):
+    """The settings of mode lrpo. Raises UserError for a margin without a steered weight."""
+    steps: int = setting(80, None, "rollouts in all")
+    every: int = setting(20, None, "rollouts between measurements, with checkpoints")
+    rewards: str = setting("default", "paper", REWARDS_HELP)
     pg_weight: float = setting(1.0, 1.0, "weight of the policy gradient")
-    gt_weight: float = setting(0.001, 0.001, "weight of the ground-truth likelihood; 0: off")
+    gt_target: str = setting("posterior", "noised", "ground truth in the likelihood: noised anew, "
+                             "or by the policy's own step", choices=["posterior", "noised"])
+    gt_weight: str | float = setting("auto", 0.001, "weight of the likelihood: a number, or auto: "
+                                     "from the PSNR lost since the start", type=auto_or_amount)
     gt_last: int = setting(0, 5, "likelihood on the last n trained steps (0: on all)", type=whole)
+    fidelity_margin: float = setting(0.2, 0.2, "PSNR in dB that --gt_weight auto may give up")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gt_weight != "auto" and self.fidelity_margin != LRPOSettings.fidelity_margin:
+            raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one out")
 
 
 def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
@@ -69,6 +107,12 @@ def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
     x, mu, sigma = x.float(), mu.float(), sigma.float()
     log_prob = -((x - mu) / sigma) ** 2 / 2 - torch.log(sigma) - math.log(2 * math.pi) / 2
     return log_prob.mean(dim=(1, 2, 3))
+
+
+def gaussian_kl(mu: Tensor, ref: Tensor, sigma: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2 I) || N(ref, sigma^2 I)) = |mu - ref|^2 / (2 sigma^2), averaged over the D
+    dimensions instead of summed, in nats: mu and ref (B, 3, H, W) -> (B,)."""
+    return (((mu - ref) / sigma) ** 2 / 2).mean(dim=(1, 2, 3))
 
 
 def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
@@ -103,15 +147,21 @@ def gt_likelihood_loss(log_prob: Tensor) -> Tensor:
     return 1 - torch.exp((log_prob / GT_TEMPERATURE).clamp(max=0))
 
 
+def repeat_to(u: Tensor, n: int) -> Tensor:
+    """Repeat each row of u (N, ...) equally often, so that there are n: (n, ...)."""
+    return u.repeat_interleave(n // len(u), dim=0)
+
+
 @dataclass
 class Transition:
-    """One trained DDIM step t -> s of the B trajectories of a rollout."""
+    """One trained DDIM step t -> s of the B trajectories of a rollout. Where the members of a group
+    still share their state, N is P, otherwise B."""
     t: int
     s: int
-    x: Tensor                   # (B, 3, H, W)  x_t, the state
+    x: Tensor                   # (N, 3, H, W)  x_t, the state
     action: Tensor              # (B, 3, H, W)  x_{t-1}
     log_prob: Tensor            # (B,)          log pi_old of the action
-    x0_hat: Tensor              # (B, 3, H, W)  predicted from x_t; only darl.py reads it
+    x0_hat: Tensor              # (N, 3, H, W)  predicted from x_t; only darl.py reads it
     x_gt: Tensor = None         # (B, 3, H, W)  the ground truth, noised to level s
     advantage: Tensor = None    # (B,)          A_{i,t}
 
@@ -122,88 +172,112 @@ class LRPO:
 
     def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, settings):
         self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
-        self.settings, self.gt_weight, self.scores = settings, settings.gt_weight, {}
-        self.schedule = diffusion.schedule(settings.ddim_steps)
+        self.settings, self.schedule = settings, diffusion.schedule(settings.ddim_steps)
+        noisy = settings.ddim_steps - 1         # the last DDIM step has sigma = 0
+        self.shared = max(0, noisy - (settings.own_steps or noisy))     # DDIM steps
         self.clip = TRUST / (3 * net.config.size ** 2) if settings.clip is None else settings.clip
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, fused=True)
+        steered = isinstance(settings, LRPOSettings) and settings.gt_weight == "auto"
+        self.fidelity = Fidelity(net, diffusion, settings.ddim_steps, settings.fidelity_margin,
+                                 generator) if steered else None
 
     def policy(self, x: Tensor, lq: Tensor, t: int, s: int):
-        """mu (B, 3, H, W), sigma (), x0_hat (B, 3, H, W) of pi(x_s | x_t, LQ)."""
-        return self.diffusion.ddim_step(self.net, x, lq, t, s, self.settings.eta)
+        """mu (N, 3, H, W), sigma (), x0_hat (N, 3, H, W) of pi(x_s | x_t, LQ), for states x (N, 3,
+        H, W) of the images lq (P, 3, H, W), N / P of each."""
+        return self.diffusion.ddim_step(self.net, x, repeat_to(lq, len(x)), t, s, self.settings.eta)
 
     @torch.no_grad()
     def rollout(self, lq: Tensor) -> tuple[Tensor, list[Transition]]:
-        """Restore lq (B, 3, H, W): the results (B, 3, H, W), unclamped, and a Transition for each
-        step but the last, with action = mu + sigma z. The last step gives mu: it has sigma = 0."""
-        x, steps = gaussian(lq, self.generator), []                     # x_T
-        for t, s in self.schedule[:-1]:
-            mu, sigma, x0_hat = self.policy(x, lq, t, s)
-            action = mu + sigma * gaussian(x, self.generator)
-            log_prob = gaussian_log_prob(action, mu, sigma)
+        """Restore lq (P, 3, H, W) G times: the results (B, 3, H, W), unclamped, and a Transition
+        for each DDIM step that the members of a group take by themselves, with action = mu +
+        sigma z. Before it an image has one trajectory. The last step gives mu: it has sigma = 0."""
+        B, steps = len(lq) * self.settings.group, []
+        x = gaussian(lq if self.shared else repeat_to(lq, B), self.generator)       # x_T
+        for k, (t, s) in enumerate(self.schedule[:-1]):
+            mu, sigma, x0_hat = self.policy(x, lq, t, s)                # (N, 3, H, W)
+            if k < self.shared:
+                x = mu + sigma * gaussian(mu, self.generator)           # (P, 3, H, W)
+                continue
+            mu = repeat_to(mu, B)
+            action = mu + sigma * gaussian(mu, self.generator)          # (B, 3, H, W)
+            log_prob = gaussian_log_prob(action, mu, sigma)             # (B,)
             steps.append(Transition(t, s, x, action, log_prob, x0_hat))
             x = action
         restored, _, _ = self.policy(x, lq, *self.schedule[-1])         # sigma = 0
         return restored, steps
 
-    def score(self, restored: Tensor, gt: Tensor):
-        """The composite reward R (B,) and its terms by name, (B,) each."""
-        return self.reward(restored, gt)
-
-    def step_weights(self, steps: list[Transition]) -> Tensor:
-        """The noise-level weight of each step, (n,); ones with strategy 3 off."""
+    def assign_advantages(self, steps: list[Transition], rewards: Tensor):
+        """A_{i,t} = clip(A_i w_t), from one reward for each trajectory and step, or for all steps:
+        rewards (n or 1, B). Compares the groups of all ranks."""
         sigma = torch.stack([self.diffusion.sigma(step.t, step.s, self.settings.eta)
-                             for step in steps])
+                             for step in steps])                        # (n,)
         on = self.settings.noise_level_weights == "on"
-        return noise_level_weights(sigma) if on else torch.ones_like(sigma)
+        weights = noise_level_weights(sigma) if on else torch.ones_like(sigma)
+        A = torch.stack([own_rows(group_advantages(gather(R.view(-1, self.settings.group)),
+                                                   self.settings.adv_std)).flatten()
+                         for R in rewards])                             # (n or 1, B)
+        for step, w, a in zip(steps, weights, A.expand(len(steps), -1)):
+            step.advantage = (a * w).clamp(-ADV_CLIP, ADV_CLIP)         # (B,)
 
-    def assign_advantages(self, steps: list[Transition], rewards: Tensor, weights: Tensor):
-        """A_{i,t} = clip(A_i w_t), from one reward for each trajectory: rewards (P, G)."""
-        A = group_advantages(gather(rewards), self.settings.adv_std)    # of the groups of all ranks
-        for step, w in zip(steps, weights):
-            step.advantage = (own_rows(A).flatten() * w).clamp(-ADV_CLIP, ADV_CLIP)     # (B,)
-
-    def gt_log_prob(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-        """log pi(x_gt_s | x_t, LQ) = log N(x_gt_s; mu, sigma^2 I), averaged over D: (B,). x_gt_s,
-        kept in step.x_gt, is gt (B, 3, H, W), noised by `q_sample` to level s."""
-        if step.x_gt is None:       # noised once for all updates of a rollout
+    def noised_log_prob(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+        """The paper's target: log pi(x_gt_s | x_t, LQ) = log N(x_gt_s; mu, sigma^2 I), averaged
+        over D: (B,). x_gt_s, kept in step.x_gt, is gt (B, 3, H, W), noised to level s."""
+        if step.x_gt is None:       # noised once for all optimiser steps on a rollout
             level = torch.full((len(gt),), step.s, device=gt.device)
             step.x_gt = self.diffusion.q_sample(gt, level, gaussian(gt, self.generator))
         return gaussian_log_prob(step.x_gt, mu, sigma)
 
-    def loss(self, step: Transition, lq: Tensor, gt: Tensor, mu: Tensor, sigma: Tensor, pg: Tensor):
-        """The loss of one transition, a scalar, and its terms by name. lq, gt, mu (B, 3, H, W);
-        sigma a scalar; pg (B,) is the result of `clipped_loss`."""
-        likelihood = gt_likelihood_loss(self.gt_log_prob(step, gt, mu, sigma)).mean()
-        last = self.schedule[:-1][-self.settings.gt_last:]              # [-0:] is all of them
-        weight = self.gt_weight if (step.t, step.s) in last else 0.0
+    def posterior_log_prob(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+        """Our target: E_q[log pi] with q = q(x_s | x_t, x_gt), DDIM's posterior (DDPM's for eta =
+        1), the step of a policy that knows gt (B, 3, H, W). Up to a constant, the entropy of q, it
+        is -KL(q || pi), which is returned: (B,), at most 0. It is a weighted |x0_hat - x_gt|^2 at
+        the policy's own states."""
+        x = repeat_to(step.x, len(gt))
+        mu_gt = self.diffusion.posterior_mean(x, gt, step.t, step.s, self.settings.eta)
+        return -gaussian_kl(mu_gt, mu, sigma)
+
+    def loss(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor, pg: Tensor):
+        """The loss of one transition, a scalar, and its terms by name. gt, mu (B, 3, H, W); sigma a
+        scalar; pg (B,) is the result of `clipped_loss`."""
+        target = {"noised": self.noised_log_prob, "posterior": self.posterior_log_prob}
+        log_prob = target[self.settings.gt_target](step, gt, mu, sigma)             # (B,)
+        likelihood = gt_likelihood_loss(log_prob).mean()
+        weight = self.fidelity.weight if self.fidelity else self.settings.gt_weight
+        trained = self.schedule[self.shared:-1]
+        if (step.t, step.s) not in trained[-(self.settings.gt_last or len(trained)):]:
+            weight = 0.0
         return (self.settings.pg_weight * pg.mean() + weight * likelihood,
                 {"pg_loss": pg.mean(), "gt_loss": likelihood})
 
     def step(self, batch) -> dict[str, float]:
-        """One rollout and its updates. batch = (lq, gt), each (P, 3, H, W). Returns the metrics.
-        Raises RuntimeError if the ratio was not 1 at the first update: then rollout and update do
-        not compute the same policy."""
-        stats = to_floats(self.improve(batch))
-        off, slack = stats["first_off_max"], BF16_SLACK if self.net.bf16 else RATIO_SLACK
-        if off > slack:
-            raise RuntimeError(f"the ratio is off 1 by {off:.1e} before any update")
-        return stats
-
-    def improve(self, batch) -> dict[str, Tensor]:
-        """The work of `step`. The metrics are scalar tensors, so that a GPU is not waited for."""
-        G = self.settings.group
-        lq, gt = (u.repeat_interleave(G, dim=0) for u in batch)         # (B, 3, H, W)
-        restored, steps = self.rollout(lq)
+        """One rollout and the optimiser steps on it. batch = (lq, gt), each (P, 3, H, W). Returns
+        the metrics. Raises RuntimeError as `numbers` does."""
+        lq, gt = batch
+        restored, steps = self.rollout(lq)                                          # 1
+        targets = repeat_to(gt, len(restored))                                      # (B, 3, H, W)
         with torch.no_grad():
-            R, terms = self.score(restored, gt)                         # (B,)
-            self.scores = terms         # named by `optimiser_step` if one is not finite
-            self.assign_advantages(steps, R.view(-1, G), self.step_weights(steps))
-        n = self.settings.steps_per_update or len(steps)
-        seen = [[self.update(steps[i:i + n], lq, gt) for i in range(0, len(steps), n)]
-                for _ in range(self.settings.updates)]                  # a list for each pass
-        first, last = seen[0][0]["ratio"], seen[-1]
-        ratio = torch.cat([u.pop("ratio") for u in last])               # (n, B), the last pass
-        std = R.view(-1, G).std(dim=1, correction=0)                    # (P,)
+            R, terms = self.reward(restored, targets)                               # 2: (B,)
+            self.assign_advantages(steps, R[None])                                  # 3 and 4
+        stats = self.optimise(steps, lq, R, terms, lambda step, mu, sigma, pg: (    # 5 and 6
+            self.loss(step, targets, mu, sigma, pg)))
+        if not self.fidelity:
+            return self.numbers(stats)
+        stats = self.numbers(stats | {"fidelity_gap": self.fidelity.gap(self.net, lq, gt)})
+        return stats | {"gt_weight": self.fidelity.update(stats["fidelity_gap"])}
+
+    def optimise(self, steps: list[Transition], lq: Tensor, R: Tensor, terms: dict, loss):
+        """The optimiser steps on a rollout: passes over it, and in each pass the DDIM steps of the
+        trajectory in turn, `steps_per_update` at a time. lq (P, 3, H, W); R (B,) and `terms`, the
+        rewards; `loss(step, mu, sigma, pg)` returns a scalar and its terms by name. Returns the
+        metrics, those of the loss from the last pass, as scalar tensors: no GPU is waited for."""
+        n, passes = self.settings.steps_per_update or len(steps), []
+        for _ in range(self.settings.updates):
+            passes.append([])
+            for i in range(0, len(steps), n):
+                passes[-1].append(self.update(steps[i:i + n], lq, terms, loss))
+        first, last = passes[0][0]["ratio"], passes[-1]
+        ratio = torch.cat([u.pop("ratio") for u in last])               # (n, B)
+        std = R.view(-1, self.settings.group).std(dim=1, correction=0)  # (P,)
         return {"reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
                 "reward_std": std.mean(), "equal_groups": (std < MIN_STD).float().mean(),
                 **{k: torch.stack([u[k] for u in last]).mean() for k in last[0]},
@@ -211,20 +285,39 @@ class LRPO:
                 "ratio_mean": ratio.mean(), "ratio_max": ratio.max(),
                 "clip_fraction": ((ratio - 1).abs() > self.clip).float().mean()}
 
-    def update(self, steps: list[Transition], lq: Tensor, gt: Tensor) -> dict[str, Tensor]:
+    def update(self, steps: list[Transition], lq: Tensor, terms: dict, loss) -> dict[str, Tensor]:
         """One optimiser step on the mean loss of `steps`. Returns the terms of the loss, scalars,
-        and the ratio (n, B) before it."""
+        and the ratio (n, B) before it. If the gradient is not finite, the error names those of
+        `terms` and of the loss that are not."""
         self.optimizer.zero_grad()
         seen, ratios = [], []
         for step in steps:
             mu, sigma, _ = self.policy(step.x, lq, step.t, step.s)
+            mu = repeat_to(mu, len(step.action))                                # (B, 3, H, W)
             log_prob = gaussian_log_prob(step.action, mu, sigma)                # (B,)
             pg, ratio = clipped_loss(log_prob, step.log_prob, step.advantage, self.clip)
-            loss, terms = self.loss(step, lq, gt, mu, sigma, pg)
-            (loss / len(steps)).backward()
+            value, parts = loss(step, mu, sigma, pg)
+            (value / len(steps)).backward()
             ratios.append(ratio.detach())
-            terms["approx_kl"] = (step.log_prob - log_prob).mean()      # KL(pi_old || pi) / D
-            seen.append({k: v.detach() for k, v in terms.items()})
+            parts["approx_kl"] = (step.log_prob - log_prob).mean()      # KL(pi_old || pi) / D
+            seen.append({k: v.detach() for k, v in parts.items()})
         metrics = {k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]}
-        grad_norm = optimiser_step(self.optimizer, self.scores | metrics, MAX_GRAD_NORM)
+        grad_norm = optimiser_step(self.optimizer, terms | metrics, MAX_GRAD_NORM)
         return {**metrics, "grad_norm": grad_norm, "ratio": torch.stack(ratios)}
+
+    def numbers(self, stats: dict[str, Tensor]) -> dict[str, float]:
+        """The metrics as numbers. Raises RuntimeError if the ratio was not 1 before the first
+        optimiser step: then rollout and update do not compute the same policy."""
+        stats = to_floats(stats)
+        off, slack = stats["first_off_max"], BF16_SLACK if self.net.bf16 else RATIO_SLACK
+        if off > slack:
+            raise RuntimeError(f"the ratio is off 1 by {off:.1e} before any update")
+        return stats
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs beside network and optimiser."""
+        return self.fidelity.state_dict() if self.fidelity else {}
+
+    def load_state_dict(self, state: dict):
+        self.fidelity.load_state_dict(state)
+

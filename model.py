@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from support.checkpoint import fits, load_run
 from support.cli import UserError
-from support.ranks import alone, all_rows, own_rows
+from support.distributed import alone, gaussian, uniform_integers
 
 MAX_GRAD_NORM = 1.0     # LRPO's code; for sft, lrpo, refl and darl, not for reward models
 EVAL_ETA = 0.8          # LRPO's code: eta at inference (it trains with 1.0)
@@ -113,8 +113,11 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network. Its output plus `Diffusion.prior_v` is v. `bf16` makes it compute in bfloat16,
-    which is fast on GPUs and on CPUs with AMX."""
+    """The network. Its output plus `Diffusion.prior_v` is v.
+
+    Whatever replaces it must be called as net(x_t, lq, t) like `forward`, and have two attributes:
+    `config` (a Config), from which a checkpoint builds it again, and `bf16` (a bool, may be set),
+    which makes it compute in bfloat16: fast on GPUs, and on CPUs with AMX or AVX512-BF16."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -210,8 +213,7 @@ class Diffusion:
     def loss(self, net, lq: Tensor, gt: Tensor, generator: torch.Generator) -> Tensor:
         """The supervised loss, the mean squared error of `predict` against v = sqrt(abar_t) z -
         sqrt(1 - abar_t) gt at x_t, for uniform t and noise z: lq, gt (B, 3, H, W) -> (B,)."""
-        t = own_rows(torch.randint(self.T, (all_rows(len(gt)),), generator=generator)).to(gt.device)
-        z = gaussian(gt, generator)
+        t, z = uniform_integers(self.T, gt, generator), gaussian(gt, generator)
         a = self.abar_at(t, gt)
         v = a.sqrt() * z - (1 - a).sqrt() * gt
         out = self.predict(net, self.q_sample(gt, t, z), lq, t)
@@ -268,13 +270,6 @@ class Diffusion:
             mu, sigma, _ = self.ddim_step(net, x, lq, t, s, eta)
             x = mu if s < 0 else mu + sigma * gaussian(x, generator)
         return x.clamp(-1, 1)
-
-
-def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise shaped like `like`: drawn on the CPU, the same on every device."""
-    noise = torch.randn(all_rows(len(like)), *like.shape[1:], generator=generator, dtype=like.dtype,
-                        pin_memory=like.is_cuda)
-    return own_rows(noise).to(like.device, non_blocking=True)
 
 
 def restore(net, lq: Tensor, K: int, eta: float, seed: int) -> Tensor:

@@ -36,18 +36,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from frm import pair_loss
-from model import MAX_GRAD_NORM, Diffusion, ResBlock, gaussian
-from rewards import low_pass
+from model import MAX_GRAD_NORM, Diffusion, ResBlock
+from rewards import REWARDS_HELP, CompositeReward, low_pass
 from support.cli import UserError, setting, whole
+from support.distributed import gaussian
 from support.log import to_floats
 from support.optimise import optimiser_step
 
 
 @dataclass
 class ReFLSettings:
-    """Default, published value and meaning; a preset may replace the default. Raises UserError for
+    """Default, published value and meaning. Raises UserError for
     refl_last > ddim_steps."""
+    steps: int = setting(240, None, "optimiser steps in all")
+    batch_size: int = setting(16, None, "images in a step")
     lr: float = setting(1e-4, 5e-5, "learning rate of AdamW")
+    every: int = setting(60, None, "steps between measurements, with checkpoints")
+    rewards: str = setting("face=.1,ssim=.4", None, REWARDS_HELP)
     ddim_steps: int = setting(5, 50, "K, sampling steps")
     refl_last: int = setting(2, 2, "the step with gradient is one of the last n")
     struct_weight: float = setting(15.0, 0.01, "weight of L_struct, low-pass L1 to the photo")
@@ -110,9 +115,9 @@ class ReFL:
         self.schedule = diffusion.schedule(settings.ddim_steps)
         self.frozen = copy.deepcopy(net).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, fused=True)
-        self.reward, self.frm = copy.copy(reward), copy.deepcopy(reward.terms.get("face"))
+        self.reward, self.frm = reward, copy.deepcopy(reward.terms.get("face"))
         if self.frm is not None:
-            self.reward.terms = reward.terms | {"face": self.frm}
+            self.reward = CompositeReward(reward.weights, **reward.terms | {"face": self.frm})
             self.frm_optimizer = torch.optim.AdamW(self.frm.trained(), lr=settings.frm_lr)
 
     @torch.no_grad()

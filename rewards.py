@@ -1,9 +1,13 @@
 """The terms of the reward and their weighted sum, which reinforcement learning maximises.
 
-Papers   SSIM (Wang et al. 2004). LRPO's composite reward, strategy 1 (Wu et al. 2025, arXiv
-         2509.23339). LPIPS and CLIP-IQA are in support/, the Face Reward Model is in frm.py.
+Papers   LRPO's composite reward, strategy 1 (Wu et al. 2025, arXiv 2509.23339): `CompositeReward`.
+         Its terms: SSIM (Wang et al. 2004); LPIPS (Zhang et al. 2018, arXiv 1801.03924); CLIP-IQA
+         (Wang et al. 2023, arXiv 2207.12396) on CLIP RN50 (Radford et al. 2021); a low-pass
+         fidelity; and the Face Reward Model, which is in frm.py.
 Departs  An average pool stands in for the low-pass band of the dual-tree wavelet. Every term sees
-         the image clamped to [-1, 1]; the published code scores LPIPS without clamping.
+         the image clamped to [-1, 1]; the published code scores LPIPS without clamping. CLIP-IQA
+         averages five antonym pairs by default, the form that pyiqa made common and that LRPO's
+         code runs; the paper's single pair is PROMPTS["paper"]. They give different numbers.
 
 Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,); higher is
 better. A gradient flows through each. `ms` is the time for one image of 64 px on two CPU cores.
@@ -20,11 +24,14 @@ better. A gradient flows through each. `ms` is the time for one image of 64 px o
 `python -m tools.reward_report` measures how each term reacts to graded damage.
 """
 import math
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.checkpoint import load_tensors
 from support.cli import UserError
 
 # ---------------------------------------------------------------------------------------------
@@ -86,6 +93,141 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     return -10 * torch.log10(mse.clamp(min=1e-10))
 
 
+class Frozen(nn.Module):
+    """A pretrained judge: it stays in evaluation mode, so that dropout and batch norms never act
+    as in training, whatever a parent's `train` says."""
+
+    def train(self, mode: bool = True):
+        """Does not change the mode."""
+        return super().train(False)
+
+
+LPIPS_MIN_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}     # in a smaller image a pool is empty
+
+
+class LPIPS(Frozen):
+    """1 - LPIPS with a backbone `net` (squeeze, alex or vgg), through its authors' package, which
+    holds the linear layers.
+
+    `weights` is a file of the backbone's ImageNet features; without it torchvision fetches one.
+    Raises UserError if the file is not that backbone's, or if nothing can be fetched.
+    """
+
+    def __init__(self, net: str = "squeeze", weights: str = None):
+        super().__init__()
+        import lpips        # slow to import, so it is imported only when it is needed
+        self.min_side = LPIPS_MIN_SIDE[net]
+        with warnings.catch_warnings():     # the package calls torchvision by its old names
+            warnings.simplefilter("ignore")
+            try:
+                self.lpips = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
+            except OSError:
+                raise UserError(f"LPIPS: its {net} backbone could not be fetched; give the file "
+                                "with --lpips_weights FILE, or use --rewards offline") from None
+        if weights is not None:
+            load_backbone(self.lpips.net, weights, net)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Two images (B, 3, H, W) in [-1, 1] -> (B,), at most 1. Raises UserError if they are
+        small."""
+        if min(x.shape[-2:]) < self.min_side:
+            raise UserError(f"LPIPS: this backbone needs images of {self.min_side} px or more")
+        return 1 - self.lpips(x, y).flatten()                           # (B, 1, 1, 1) -> (B,)
+
+
+def load_backbone(net: nn.Module, path: str, name: str):
+    """Copy the tensors of a file into a backbone, in order: torchvision's names differ from those
+    of lpips. Raises UserError if the shapes differ."""
+    source, target = (load_tensors(path, "--lpips_weights", "without it the backbone is fetched"),
+                      list(net.state_dict().values()))
+    if isinstance(source, dict):
+        source = [v for k, v in source.items() if not k.startswith("classifier")]
+    if [getattr(v, "shape", None) for v in source] != [v.shape for v in target]:
+        raise UserError(f"--lpips_weights {path}: these are not the features of {name}; "
+                        "--lpips_net says which backbone is meant")
+    for mine, theirs in zip(target, source):
+        mine.copy_(theirs)
+
+
+# ---------------------------------------------------------------------------------------------
+# A term without ground truth: is a picture nearer to "good" or to "bad", as CLIP reads the words?
+
+CLIP_RN50 = "RN50-quickgelu"        # open_clip's "RN50" has another GELU than OpenAI's weights
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # CLIP's preprocessing, of images in [0, 1]
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIPIQA_MIN_SIDE = 32               # the trunk halves the side five times
+PROMPTS = {                         # pairs: good, bad, good, bad, ...
+    "paper": ["Good photo.", "Bad photo."],                             # CLIP-IQA, section 3
+    "five": ["Good image", "bad image", "Sharp image", "blurry image",  # pyiqa's `clipiqa`
+             "sharp edges", "blurry edges", "High resolution image", "low resolution image",
+             "Noise-free image", "noisy image"]}
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1], normalised as for CLIP's training: (B, 3, H, W)."""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return ((x + 1) / 2 - mean) / std
+
+
+def attention_pool(pool: nn.Module, x: Tensor) -> Tensor:
+    """CLIP's attention pooling without position embeddings, the query being the mean position:
+    (B, C, h, w) -> (B, E). CLIP adds an embedding for each of its 7 x 7 positions, which fixes the
+    size to 224 px; CLIP-IQA leaves that out, so that images of any size need no resizing."""
+    x = x.flatten(2).transpose(1, 2)                                    # (B, hw, C)
+    mean = x.mean(dim=1, keepdim=True)                                  # (B, 1, C)
+    x = torch.cat([mean, x], dim=1)                                     # (B, 1 + hw, C)
+    q, k, v = (proj(u).unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for proj, u in
+               ((pool.q_proj, mean), (pool.k_proj, x), (pool.v_proj, x)))
+    y = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, 1, C / heads)
+    return pool.c_proj(y.transpose(1, 2).flatten(1))                    # (B, E)
+
+
+class CLIPIQA(Frozen):
+    """The probability of "good" against "bad", averaged over the antonym pairs of `prompts`.
+
+    `clip` is the whole CLIP. Its text tower encodes the prompts once and is not kept.
+    """
+
+    def __init__(self, clip: nn.Module, prompts: str = "five"):
+        super().__init__()
+        import open_clip
+        tokens = open_clip.get_tokenizer(CLIP_RN50)(PROMPTS[prompts])   # (2P, 77)
+        with torch.no_grad():
+            text = clip.logit_scale.exp() * clip.encode_text(tokens, normalize=True)
+        self.register_buffer("text", text)                              # (2P, E), logit scale in
+        self.visual = clip.visual
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] -> (B,) in (0, 1); y is not used. Raises UserError below 32
+        px."""
+        if min(x.shape[-2:]) < CLIPIQA_MIN_SIDE:
+            raise UserError(f"CLIP-IQA needs images of {CLIPIQA_MIN_SIDE} px or more")
+        v = self.visual
+        h = v.stem(normalise(x))                                        # (B, 64, H/4, W/4)
+        h = v.layer4(v.layer3(v.layer2(v.layer1(h))))                   # (B, 2048, H/32, W/32)
+        image = F.normalize(attention_pool(v.attnpool, h), dim=1)       # (B, E)
+        pairs = (image @ self.text.T).unflatten(1, (-1, 2))             # (B, P, 2)
+        return pairs.softmax(dim=2)[..., 0].mean(dim=1)                 # (B,)
+
+
+def load_clipiqa(path=None, prompts: str = "five") -> CLIPIQA:
+    """CLIP-IQA with the weights in a file of tensors; without a file open_clip fetches OpenAI's.
+    Raises UserError if neither works. open_clip checks that no weight keeps a random value."""
+    import open_clip        # slow to import, so it is imported only when it is needed
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"--clip_weights {path}: no such file; leave it out to fetch OpenAI's")
+    try:
+        clip = open_clip.create_model(CLIP_RN50, str(path or "openai"), require_pretrained=True)
+    except Exception as error:      # of torch, safetensors, the hub's client: they mean the same
+        found = (f"--clip_weights {path}: not the tensors of CLIP RN50" if path else
+                 "CLIP-IQA: OpenAI's RN50 could not be fetched")
+        raise UserError(f"{found} ({type(error).__name__}); give a file of them with "
+                        "--clip_weights FILE, or use --rewards offline") from None
+    return CLIPIQA(clip, prompts)
+
+
 # ---------------------------------------------------------------------------------------------
 # The composite
 
@@ -95,6 +237,7 @@ SETS = {
     "default": "lpips=.7,face=.1,dwt=.1,ssim=.1",   # ours; measured in docs/results.md
     "no-face": "lpips=.4,clipiqa=.2,ssim=.4",   # ours: without a face reward model
     "offline": "ssim=.2,dwt=.5,face=.3"}    # ours; nothing has to be downloaded
+REWARDS_HELP = f"name=weight,..., or a set: {', '.join(SETS)}"      # of the flag --rewards
 TERMS = ("ssim", "dwt", "lpips", "clipiqa", "face")
 MIN_SIDE = 16       # the Face Reward Model halves the side four times; SSIM needs 11, dwt 8
 
@@ -121,18 +264,14 @@ def parse_rewards(text: str) -> dict[str, float]:
 
 
 class CompositeReward:
-    """R = sum of weight * term (LRPO, strategy 1). `weights` = {name: weight}.
+    """R = sum of weight * term (LRPO, strategy 1). `weights` = {name: weight}. `models` are those
+    of the terms face, lpips and clipiqa, by name. Raises ValueError if one is missing."""
 
-    The models of the terms face, lpips and clipiqa are given. Raises ValueError if one is missing.
-    """
-
-    def __init__(self, weights: dict[str, float], face: nn.Module = None,
-                 lpips: nn.Module = None, clipiqa: nn.Module = None):
-        terms = {"ssim": ssim, "dwt": dwt, "lpips": lpips, "clipiqa": clipiqa, "face": face}
+    def __init__(self, weights: dict[str, float], **models: nn.Module):
+        terms = {"ssim": ssim, "dwt": dwt, **models}
+        if missing := weights.keys() - terms.keys():
+            raise ValueError(f"the rewards {missing} need their models")
         self.weights, self.terms = weights, {name: terms[name] for name in weights}
-        missing = [name for name, term in self.terms.items() if term is None]
-        if missing:
-            raise ValueError(f"reward {missing[0]} needs its model")
 
     def __call__(self, x: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, H, W), H and W at least 16 (17 for LPIPS, 32 for CLIP-IQA) -> R (B,) and
@@ -143,3 +282,15 @@ class CompositeReward:
         x = x.float().clamp(-1, 1)
         terms = {name: term(x, gt) for name, term in self.terms.items()}
         return sum(w * terms[name] for name, w in self.weights.items()), terms
+
+
+def load_reward(weights: dict[str, float], files, face: nn.Module = None, device="cpu"):
+    """The CompositeReward with the models that `weights` names. `files` has the paths that the
+    command line gave for them (`support.cli.ModelSettings`); `face` is the Face Reward Model, from
+    `frm.load_face_reward`. Raises UserError if a model cannot be had."""
+    models = {"face": face.eval().requires_grad_(False)} if "face" in weights else {}
+    if "lpips" in weights:
+        models["lpips"] = LPIPS(files.lpips_net, files.lpips_weights)
+    if "clipiqa" in weights:
+        models["clipiqa"] = load_clipiqa(files.clip_weights)
+    return CompositeReward(weights, **{name: model.to(device) for name, model in models.items()})

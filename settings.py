@@ -1,114 +1,143 @@
-"""The flags of train.py, and the presets that fill in what the command line leaves open.
+"""The registry of the methods, their flags and presets; and from settings to objects.
 
-A flag (but for --mode, --methods and --recipe) is a field of a settings dataclass, with default,
-published value and meaning: `RunSettings` here for every mode, and the method's own in sft.py,
-frm.py, lrpo.py, steered.py, refl.py or darl.py. So a mode has no flag of another mode. A value
-comes from, in this order: the command line, `--recipe paper`, the preset, the default.
+A method is a class with `net`, `optimizer` and step(batch) -> metrics (and state_dict and
+load_state_dict, if it has a state of its own), and one entry in `METHODS`. From the entry come its
+flags, its place in demo, the start from sft, the warm-up and the average of its weights.
+
+A flag is a field of a settings dataclass, with default, published value and meaning: `RunSettings`
+here for every mode, `RewardFiles` for those that are rewarded, and the method's own in its file. So
+a mode takes only flags that it uses. `value_sources` has the order in which a value is looked up.
 """
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
-from darl import DARLSettings
-from frm import FRMSettings
-from lrpo import LRPOSettings
-from refl import ReFLSettings
-from rewards import SETS
-from sft import SFTSettings
-from steered import SteeredSettings
-from support.cli import (ModelSettings, UserError, add_flags, multiples, seed_number, setting,
-                         settings_fields, whole)
+import torch
 
-METHODS = ["lrpo", "refl", "darl"]      # they start from the restorer of mode sft
-MODES = ["sft", "frm", *METHODS, "demo"]
+from darl import DARL, DARLSettings
+from evaluate import held_out, measure
+from frm import (FaceRewardModel, FaceRewardTraining, FRMSettings, load_face_reward, metric_vector,
+                 unknown_pairs)
+from lrpo import LRPO, LRPOSettings
+from model import EVAL_ETA, Config, Diffusion, UNet, load_restorer, restore
+from refl import ReFL, ReFLSettings
+from rewards import load_reward, parse_rewards
+from sft import SFT, SFTSettings
+from support.checkpoint import check_finished, digest
+from support.cli import (RewardFiles, UserError, add_flags, seed_number, setting, settings_fields,
+                         whole)
+from support.data import sheet, train_batch
+from support.labels import label_pairs
 
-# Ours. docs/results.md says what was measured: `tiny`, and `small` with 32 channels. `base` has the
-# paper's K and G and DiffusionReward's steps and learning rate; it was never run.
-PRESETS = {
-    "tiny": dict(       # drawn faces, 32 px, two CPU cores, minutes
-        size=32, channels=32, mults="1,2,4", patch=2, faces=4096, ddim_steps=5, bf16="off",
-        rewards="default",
-        sft=dict(steps=4500, batch_size=16, lr=1e-3, every=500),
-        frm=dict(steps=200, batch_size=32, lr=1e-3, every=50),
-        lrpo=dict(steps=80, batch_size=32, lr=3e-4, every=20),
-        refl=dict(steps=240, batch_size=16, lr=1e-4, every=60, rewards="face=.1,ssim=.4"),
-        darl=dict(steps=45, batch_size=32, lr=1e-4, every=15, rewards="face=1")),
-    "small": dict(      # 64 px, a folder of faces, one GPU, minutes
-        size=64, channels=64, mults="1,2,4", patch=2, faces=20_000, ddim_steps=5, bf16="on",
-        rewards="default",
-        sft=dict(steps=20_000, batch_size=64, lr=1e-3, every=1000),
-        frm=dict(steps=200, batch_size=32, lr=1e-3, every=100),
-        lrpo=dict(steps=80, batch_size=16, lr=2e-4, every=20),
-        refl=dict(steps=100, batch_size=16, lr=5e-5, every=50, rewards="face=.1,lpips=.5"),
-        darl=dict(steps=60, batch_size=16, lr=1e-4, every=20, rewards="face=1")),
-    "base": dict(       # 128 px, the paper's K and G, one GPU, hours
-        size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000, ddim_steps=50, bf16="on",
-        rewards="default", group=9, branch="off",
-        sft=dict(steps=200_000, batch_size=32, lr=3e-4, every=5000),
-        frm=dict(steps=2000, batch_size=32, lr=1e-3, every=500),
-        lrpo=dict(steps=1000, batch_size=4, lr=3e-5, every=50),
-        refl=dict(steps=3500, batch_size=4, lr=5e-5, every=500, rewards="face=.1,lpips=.5"),
-        darl=dict(steps=1000, batch_size=4, lr=3e-5, every=50, rewards="face=1")),
-}
-# Ours. A policy gradient is noisy: the average of the weights over some 20 rollouts improves.
-EMA_DECAY = dict(sft=0.999, frm=0.99, lrpo=0.95, refl=0.99, darl=0.95)
-WARMUP = dict(sft=100, frm=20, lrpo=2, refl=10, darl=2)     # steps of linear warm-up (ours)
-
-PAPER_RECIPE = dict(rewards="paper", lpips_net="vgg", bf16="off")   # beside LRPOSettings' values
+VALIDATION = 64         # ours: held-out images measured during training
+RESTORED_PAIRS = 512    # ours: restorations that the face reward model learns from
+WITHOUT_FRM = "ssim=.5,dwt=.5"      # the reward that chooses best.pt where a mode has none
 
 
 @dataclass
-class RunSettings(ModelSettings):
-    """The flags of every mode. A preset replaces None in most of them."""
+class Method:
+    """One entry of the registry. The defaults of `settings` are the preset tiny; `presets` has what
+    the others change."""
+    make: type                      # make(net, diffusion, reward, generator, settings)
+    settings: type                  # a dataclass of `setting` fields
+    ema: float                      # decay of the average of the weights (ours)
+    warmup: int                     # steps of linear warm-up of the learning rate (ours)
+    presets: dict = field(default_factory=dict)     # {preset: {flag: value}}
+    from_sft: bool = True           # starts from the restorer of mode sft
+    recipes: tuple = ()             # values of --recipe, ours first, if there are published values
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether it is trained on a reward."""
+        return "rewards" in settings_fields(self.settings)
+
+
+# A policy gradient is noisy: the average of the weights over some 20 rollouts improves on them.
+METHODS = {
+    "sft": Method(SFT, SFTSettings, ema=0.999, warmup=100, from_sft=False, presets={
+        "small": dict(steps=20_000, batch_size=64, every=1000),
+        "base": dict(steps=200_000, batch_size=32, lr=3e-4, every=5000)}),
+    "frm": Method(FaceRewardTraining, FRMSettings, ema=0.99, warmup=20, presets={
+        "small": dict(every=100),
+        "base": dict(steps=2000, every=500)}),
+    "lrpo": Method(LRPO, LRPOSettings, ema=0.95, warmup=2, recipes=("ours", "paper"), presets={
+        "small": dict(batch_size=16, lr=2e-4),
+        "base": dict(steps=1000, batch_size=4, lr=3e-5, every=50, group=9, own_steps=0)}),
+    "refl": Method(ReFL, ReFLSettings, ema=0.99, warmup=10, presets={
+        "small": dict(steps=100, lr=5e-5, every=50, rewards="face=.1,lpips=.5"),
+        "base": dict(steps=3500, batch_size=4, lr=5e-5, every=500, rewards="face=.1,lpips=.5")}),
+    "darl": Method(DARL, DARLSettings, ema=0.95, warmup=2, presets={
+        "small": dict(steps=60, batch_size=16, every=20),
+        "base": dict(steps=1000, batch_size=4, lr=3e-5, every=50, group=9, own_steps=0)}),
+}
+# Ours: what presets change for every mode. docs/results.md says what was measured. `base` has the
+# paper's K and G and DiffusionReward's steps and learning rate; it was never run.
+PRESETS = {
+    "tiny": {},         # drawn faces, 32 px, two CPU cores, minutes: the defaults
+    "small": dict(size=64, channels=64, faces=20_000, bf16="on"),   # one GPU, minutes
+    "base": dict(size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000, ddim_steps=50,
+                 bf16="on"),                                        # one GPU, hours
+}
+
+
+@dataclass
+class RunSettings:
+    """The flags of every mode."""
     preset: str = setting("tiny", None, "a set of defaults", choices=list(PRESETS))
     data: str = setting(None, None, "folder of face photos; left out: drawn faces")
-    faces: int = setting(None, None, "how many drawn faces to train on")
+    faces: int = setting(4096, None, "how many drawn faces to train on")
     out: str = setting(None, None, "run folder; left out: runs/MODE, for demo runs")
-    init: str = setting(None, None, "restorer to start from; left out: sft/last.pt beside --out")
     resume: bool = setting(False, None, "go on with the run in --out, exactly")
     overwrite: bool = setting(False, None, "start anew where --out holds a run")
-    steps: int = setting(None, None, "calls of the method's step, in all")
     minutes: float = setting(None, None, "stop after so much training time of this call")
-    every: int = setting(None, None, "steps between measurements, with checkpoints")
-    batch_size: int = setting(None, None, "images in a step; for lrpo and darl, groups")
     seed: int = setting(0, None, "of everything that is random", type=seed_number)
-    ddim_steps: int = setting(None, None, "K, sampling steps")
-    rewards: str = setting(None, None, f"name=weight,..., or a set: {', '.join(SETS)}")
+    ddim_steps: int = setting(5, None, "K, sampling steps")
     workers: int = setting(0, None, "processes that make the batches; 0: this one", type=whole)
     compile: bool = setting(False, None, "compile the network: faster on a GPU; not for refl")
-    bf16: str = setting(None, None, "network in bfloat16; likelihoods stay in float32",
+    bf16: str = setting("off", "off", "network in bfloat16; likelihoods stay in float32",
                         choices=["on", "off"])
-    size: int = setting(None, None, "side of the images in pixels")
-    channels: int = setting(None, None, "width of the first level of the network")
-    mults: str = setting(None, None, "width of each level, as multiples: 1,2,4", type=multiples)
-    patch: int = setting(None, None, "pixel-unshuffle before the network: 1 is none")
+    device: str = setting("auto", None, "auto, cpu or cuda")
 
 
-def method_settings(mode: str, recipe: str = "steered"):
-    """The settings dataclass of a mode's method."""
-    if mode == "lrpo" and recipe == "paper":
-        return LRPOSettings
-    return dict(sft=SFTSettings, frm=FRMSettings, lrpo=SteeredSettings, refl=ReFLSettings,
-                darl=DARLSettings)[mode]
+@dataclass
+class StartSettings:
+    """The flag of the modes that start from a restorer."""
+    init: str = setting(None, None, "restorer to start from; left out: sft/last.pt beside --out")
 
 
-def parser(mode: str, recipe: str = "steered") -> argparse.ArgumentParser:
+def fields_of(mode: str) -> dict:
+    """The fields of every flag of a mode, by name; for demo those of all modes that it runs."""
+    if mode == "demo":
+        return {name: f for m in METHODS for name, f in fields_of(m).items() if name != "init"}
+    method = METHODS[mode]
+    kinds = [RunSettings, *[StartSettings] * method.from_sft, *[RewardFiles] * method.rewarded]
+    return {name: f for kind in (*kinds, method.settings)
+            for name, f in settings_fields(kind).items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# From the command line to the settings of a run
+
+def parser(mode: str) -> argparse.ArgumentParser:
     """The flags of one mode. The parsed result holds only those on the command line."""
     p = argparse.ArgumentParser(
         prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Train a face restorer, then improve it by rewards. `train.py --mode MODE "
         "--help` lists the flags of a mode.", usage="train.py --mode MODE [flags]")
-    p.add_argument("--mode", required=True, choices=MODES)
-    known = settings_fields(RunSettings)
+    p.add_argument("--mode", required=True, choices=[*METHODS, "demo"])
     if mode == "demo":
-        p.add_argument("--methods", nargs="+", choices=[*METHODS, "all"],
+        rewarded = [name for name, method in METHODS.items() if method.rewarded]
+        p.add_argument("--methods", nargs="+", choices=rewarded,
                        help="what demo compares; default: lrpo")
-    elif mode:
-        known |= settings_fields(method_settings(mode, recipe))
-    if mode == "lrpo":
-        p.add_argument("--recipe", choices=["steered", "paper"], help="paper: the published method "
-                       "at its published settings; steered: ours (steered.py); default: steered")
-    by_preset = {*PRESETS["base"], *PRESETS["base"]["sft"]}     # base has every key
-    add_flags(p, known, by_preset, only_given=True)
+    recipes = METHODS[mode].recipes if mode in METHODS else ()
+    if recipes:
+        p.add_argument("--recipe", choices=recipes, help="ours, or the published values of all "
+                       f"flags that have one; default: {recipes[0]}")
+    if mode:
+        by_preset = {name for preset in PRESETS for source in (PRESETS[preset], *(
+            m.presets.get(preset, {}) for m in METHODS.values())) for name in source}
+        add_flags(p, fields_of(mode), by_preset, published=bool(recipes), only_given=True)
     return p
 
 
@@ -117,45 +146,137 @@ def parse(argv=None) -> dict:
     have, and for flags that contradict each other."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--mode")
-    first.add_argument("--recipe", default="steered")
-    choice, _ = first.parse_known_args(argv)
-    p = parser(choice.mode if choice.mode in MODES else None, choice.recipe)
+    mode = first.parse_known_args(argv)[0].mode
+    p = parser(mode if mode in (*METHODS, "demo") else None)
     given, unknown = p.parse_known_args(argv)
     given = vars(given)
     if unknown:
-        mode = choice.mode + (" --recipe paper" if choice.recipe == "paper" else "")
         raise UserError(f"{unknown[0]}: --mode {mode} has no such flag; train.py --mode {mode} "
                         "--help lists those that it has")
-    if choice.mode == "demo" and "init" in given:
-        raise UserError("--init: demo trains its own sft; leave it out")
     if "data" in given and "faces" in given:
         raise UserError("--faces: --data has the photos; leave one of them out")
-    if "compile" in given and choice.mode == "refl":
+    if "compile" in given and "refl" in (mode, *given.get("methods", [])):
         raise UserError("--compile: a compiled network hides what refl reads; leave it out")
     if "resume" in given and "overwrite" in given:
         raise UserError("--resume, --overwrite: give only one of them")
-    if "fidelity_margin" in given and given.get("gt_weight", "auto") != "auto":
-        raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one out")
     return given
 
 
+def value_sources(mode: str, given: dict) -> list[dict]:
+    """Where a setting's value is looked up, in this order: the command line, --recipe paper, the
+    preset's part for the mode, the preset, the default."""
+    known, preset = fields_of(mode), given.get("preset", RunSettings.preset)
+    published = {name: f.metadata["paper"] for name, f in known.items()
+                 if f.metadata["paper"] is not None}
+    return [given, published if given.get("recipe") == "paper" else {},
+            METHODS[mode].presets.get(preset, {}), PRESETS[preset],
+            {name: f.default for name, f in known.items()}, {"out": f"runs/{mode}"}]
+
+
 def resolve(mode: str, given: dict, **changes) -> argparse.Namespace:
-    """Every setting of a run: `changes`, then what the command line gave, then the rest in the
-    order at the head of this file."""
-    given = {"recipe": "steered"} | given | {"mode": mode} | changes
-    own = settings_fields(method_settings(mode, given["recipe"]))
-    known = settings_fields(RunSettings) | own
-    preset = PRESETS[given.get("preset", RunSettings.preset)]
-    values = {name: f.default for name, f in known.items()} | preset | preset[mode]
-    if mode == "lrpo" and given["recipe"] == "paper":
-        values |= {name: f.metadata["paper"] for name, f in own.items()} | PAPER_RECIPE
-    values |= given
-    values["out"] = values["out"] or f"runs/{mode}"
-    return argparse.Namespace(**{name: values[name] for name in ["mode", *known]
-                                 + ["recipe"] * (mode == "lrpo")})
+    """Every setting of a run of `mode`: `changes`, then the `value_sources`."""
+    run, sources = argparse.Namespace(mode=mode), value_sources(mode, given | changes)
+    for name in [*fields_of(mode), *["recipe"] * bool(METHODS[mode].recipes)]:
+        values = [source[name] for source in sources if source.get(name) is not None]
+        setattr(run, name, values[0] if values else None)
+    return run
 
 
 def method_values(run):
-    """The method's settings dataclass, filled from a resolved run."""
-    own = method_settings(run.mode, getattr(run, "recipe", "steered"))
+    """The method's settings dataclass, filled from a run. Raises UserError as that does."""
+    own = METHODS[run.mode].settings
     return own(**{name: getattr(run, name) for name in settings_fields(own)})
+
+
+# ---------------------------------------------------------------------------------------------
+# From the settings of a run to its objects
+
+def network(run, device) -> UNet:
+    """A new network for sft, otherwise the restorer that the run starts from, whose size becomes
+    run.size. Raises UserError if there is none, or if it was trained on other pictures."""
+    if not METHODS[run.mode].from_sft:
+        net = UNet(Config(run.size, run.channels, [int(m) for m in run.mults.split(",")],
+                          patch=run.patch))
+    else:
+        init = run.init or Path(run.out).parent / "sft" / "last.pt"
+        if not run.init and not init.exists():
+            raise UserError(f"--mode {run.mode} starts from {init}, not there yet: run --mode sft "
+                            "first, or give --init CKPT")
+        net, state = load_restorer(init, device, "--init")
+        check_finished(state, init, "--init")
+        if state["args"]["data"] and not run.data:
+            raise UserError(f"--init {init}: trained on {state['args']['data']}; give its --data")
+        if run.data and not state["args"]["data"]:
+            print(f"--init {init}: trained on drawn faces, not on {run.data}")
+        net.train().requires_grad_(True)
+        run.size = net.config.size
+    net.bf16 = run.bf16 == "on"
+    if run.compile:
+        net.compile()
+    return net.to(device)
+
+
+def frm_path(run):
+    """The path of a run's face reward model, which may not exist yet."""
+    return getattr(run, "frm_weights", None) or Path(run.out).parent / "frm" / "last.pt"
+
+
+def reward_of(run, device, weights: dict = None):
+    """The composite reward that a run is trained on (with other `weights`, if given), or without
+    one the reward that chooses best.pt."""
+    weights = weights or parse_rewards(getattr(run, "rewards", WITHOUT_FRM))
+    face = (load_face_reward(frm_path(run), size=getattr(run, "size", None))
+            if "face" in weights else None)
+    return load_reward(weights, run, face, device)
+
+
+def frm_digest(run) -> str | None:
+    """What identifies the face reward model that a run is trained on, or None if there is none."""
+    uses = METHODS[run.mode].rewarded and "face" in parse_rewards(run.rewards)
+    return digest(frm_path(run)) if uses else None
+
+
+def build(run, net, device, generator, photos):
+    """The method of a run, and a function (averaged net) -> (metrics, picture) that measures it on
+    held-out images."""
+    lq, gt = held_out(run.data, run.size, VALIDATION, device)
+    diffusion, settings = Diffusion(net.config, device), method_values(run)
+    if run.mode == "frm":
+        return build_frm(run, net, device, generator, photos, settings, lq, gt)
+    reward = reward_of(run, device)
+    method = METHODS[run.mode].make(net, diffusion, reward, generator, settings)
+    return method, partial(validate_restorer, lq=lq, gt=gt, K=run.ddim_steps, reward=reward)
+
+
+def validate_restorer(averaged, lq, gt, K: int, reward):
+    """The held-out metrics of a restorer, and a picture of eight faces."""
+    averaged.bf16 = False       # float32, as in evaluate.py
+    x = restore(averaged, lq, K, EVAL_ETA, seed=0)
+    metrics = {f"heldout_{name}": values.mean().item()
+               for name, values in measure(x, gt, reward).items()}
+    return metrics, sheet([lq[:8], x[:8], gt[:8]], scale=2)
+
+
+def build_frm(run, net, device, generator, photos, settings, held_lq, held_gt):
+    """As `build`, for mode frm, with pairs restored by `net`."""
+    face = (load_face_reward(run.frm_weights, size=run.size) if run.frm_weights
+            else FaceRewardModel())
+    n = min(RESTORED_PAIRS, len(photos))
+    lq, gt = (u.to(device) for u in train_batch(photos, n, run.seed + 1, 0))
+    print(f"frm: restoring {n} training photos, which the face reward model learns to tell apart")
+    restored = restore(net, lq, run.ddim_steps, settings.eta, run.seed)
+    held = restore(net, held_lq, run.ddim_steps, settings.eta, run.seed)
+    labelled = None
+    if settings.labels != "known":
+        unknown = unknown_pairs(net, photos, n, run.ddim_steps, settings.eta, run.seed + 2)
+        labelled = label_pairs(settings.labels, gt, unknown, metric_vector, run.seed)
+    method = METHODS["frm"].make(face.to(device), generator, settings, restored, gt, labelled)
+    return method, partial(validate_frm, lq=held_lq, gt=held_gt, restored=held)
+
+
+@torch.no_grad()
+def validate_frm(averaged, lq, gt, restored):
+    """The share of held-out photos that a face reward model prefers to LQ and to restorations."""
+    photo, degraded, worse = (averaged.score(u) for u in (gt, lq, restored))
+    return {"heldout_accuracy_degraded": (photo > degraded).float().mean().item(),
+            "heldout_accuracy_restored": (photo > worse).float().mean().item()}, None

@@ -14,21 +14,30 @@ import torch
 from torch import nn
 
 from model import MAX_GRAD_NORM, Diffusion
-from support.cli import setting
+from support.cli import multiples, setting
 from support.log import to_floats
 from support.optimise import optimiser_step
 
 
 @dataclass
 class SFTSettings:
-    """Default, published value and meaning; a preset replaces the default."""
+    """Default, published value and meaning. The network's are here, because every other mode
+    starts from the network of this one."""
+    steps: int = setting(4500, None, "optimiser steps in all")
+    batch_size: int = setting(16, None, "images in a step")
     lr: float = setting(1e-3, None, "learning rate of AdamW")
+    every: int = setting(500, None, "steps between measurements, with checkpoints")
+    size: int = setting(32, None, "side of the images in pixels")
+    channels: int = setting(32, None, "width of the first level of the network")
+    mults: str = setting("1,2,4", None, "width of each level, as multiples", type=multiples)
+    patch: int = setting(2, None, "pixel-unshuffle before the network: 1 is none")
 
 
 class SFT:
-    """Supervised training (mode sft): one `step` is one optimiser step on `Diffusion.loss`."""
+    """Supervised training (mode sft): one `step` is one optimiser step on `Diffusion.loss`. The
+    reward is not used."""
 
-    def __init__(self, net, diffusion: Diffusion, generator: torch.Generator, settings):
+    def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, settings):
         self.net, self.diffusion, self.generator = net, diffusion, generator
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, fused=True)
 

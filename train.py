@@ -6,9 +6,9 @@
     torchrun --nproc_per_node 2 train.py --mode sft     the same run on two GPUs or processes
 
 A run's folder is --out (default runs/MODE). A run starts from what lies beside it: with --out
-X/lrpo from X/sft/last.pt and X/frm/last.pt. A method is a class with `net`, `optimizer` and
-step(batch) -> metrics, and state_dict() if it has a state of its own. It owns its optimiser steps;
-this file owns the rest. best.pt is chosen by the reward, which can be hacked: compare last.pt.
+X/lrpo from X/sft/last.pt and X/frm/last.pt. A method (settings.py lists them) owns its optimiser
+steps; this file owns the rest. best.pt is chosen by the reward, which can be hacked: compare
+last.pt.
 """
 import argparse
 import json
@@ -23,19 +23,18 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from build import build_frm, build_method, frm_path, network
-from rewards import parse_rewards
-from settings import EMA_DECAY, METHODS, WARMUP, method_values, parse, resolve
-from sft import EMA
-from support.checkpoint import (check_folder, check_resume, digest, load_run, locked, pick_device,
+from rewards import LPIPS, parse_rewards
+from settings import (METHODS, build, fields_of, frm_digest, frm_path, method_values, network,
+                      parse, resolve, reward_of)
+from sft import EMA, SFTSettings
+from support.checkpoint import (check_folder, check_resume, load_run, locked, pick_device,
                                 replacing, restore_run, run_state, save)
 from support.cli import StopSignal, UserError, make_folder, run_main
 from support.data import Photos, loader
+from support.distributed import alone, check_batch, is_first, join, maximum, place, wait
 from support.labels import read_labels
 from support.log import Log
-from support.lpips_reward import LPIPS
 from support.optimise import NotFinite, check_finite
-from support.ranks import alone, check_batch, first, join, largest, place, wait
 
 
 def train(run):
@@ -50,27 +49,26 @@ def train(run):
 
 def train_here(run):
     """What each rank does of `train`."""
-    out, device, frm = Path(run.out), pick_device(run.device), digest(frm_path(run))
-    frm = frm if run.mode in METHODS and "face" in parse_rewards(run.rewards) else None
+    out, device, frm = Path(run.out), pick_device(run.device), frm_digest(run)
+    torch.manual_seed(run.seed)             # for the first weights; everything else: `generator`
+    generator = torch.Generator().manual_seed(run.seed)
+    net = network(run, device)
     saved = load_run(out / "last.pt", "--resume") if run.resume else None
     if saved:
         check_resume(saved, run, frm)
         if saved["step"] >= run.steps:
             return print(f"{run.mode}: {out} is finished; with a higher --steps it goes on")
-    torch.manual_seed(run.seed)             # for the first weights; everything else: `generator`
-    generator = torch.Generator().manual_seed(run.seed)
-    net = network(run, device)
     photos = Photos.load(run.data, run.size, "train", run.faces, run.seed, run.workers)
-    parts = run, net, device, generator
-    method, validate = build_frm(*parts, photos) if run.mode == "frm" else build_method(*parts)
-    ema = EMA(method.net, EMA_DECAY[run.mode], from_scratch=run.mode not in METHODS)
+    method, validate = build(run, net, device, generator, photos)
+    entry = METHODS[run.mode]
+    ema = EMA(method.net, entry.ema, from_scratch=not entry.rewarded)
     start, best = restore_run(saved, method, ema, generator) if saved else (0, -math.inf)
     metrics, _ = validate(ema.net)          # before the first step, and before anything is written
 
     def state(done, best, finished):
         return run_state(vars(run), method, ema, generator, done, best, bool(finished), frm)
-    with locked(make_folder(out)) if first() else nullcontext(), StopSignal() as signal:
-        if first():
+    with locked(make_folder(out)) if is_first() else nullcontext(), StopSignal() as signal:
+        if is_first():
             prepare(out, run, method.net, state(0, best, False))
         log = Log(out / "metrics.csv", start)
         log.rows = log.rows or [{"step": start, "seconds": 0.0, **metrics}]
@@ -99,21 +97,21 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
     timed = run.minutes is not None and place()[0] == 0     # rank 0 has the clock
     limit = earlier + 60 * run.minutes if timed else math.inf
     clock = time.perf_counter()
-    bar = tqdm(batches, run.mode, run.steps, initial=start, disable=None if first() else True)
+    bar = tqdm(batches, run.mode, run.steps, initial=start, disable=None if is_first() else True)
     for done, batch in enumerate(bar, start + 1):
         for group in method.optimizer.param_groups:
-            group["lr"] = run.lr * min(1, done / WARMUP[run.mode])
+            group["lr"] = run.lr * min(1, done / METHODS[run.mode].warmup)
         try:
             stats = method.step([u.to(device, non_blocking=True) for u in batch])
             ema.update(method.net)
             spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
-            finished, number = largest(done == run.steps or spent > limit, signal.number)
+            finished, number = maximum(done == run.steps or spent > limit, signal.number)
             stop, metrics = finished or number, {}
-            if first() and (done % run.every == 0 or stop):
+            if is_first() and (done % run.every == 0 or stop):
                 metrics, picture = validate(ema.net)
             check_finite({name: torch.tensor(v) for name, v in (stats | metrics).items()})
         except NotFinite as error:
-            if first():
+            if is_first():
                 log.write()
             raise UserError(f"{run.mode}, step {done}: {error}; try a lower --lr (what is saved in "
                             f"{out} is from before)") from None
@@ -163,9 +161,9 @@ def plan(run, net, photos: int, start: int) -> str:
     size = sum(p.numel() for p in net.parameters()) / 1e6
     text = (f"{run.mode}: {photos:,} training photos of {run.size} px, {size:.2f} M parameters, "
             f"from step {start} to {run.steps:,}, {run.batch_size} images each")
-    if run.mode in ("lrpo", "darl"):
+    if hasattr(run, "group"):
         text += f" x {run.group} restorations of {run.ddim_steps} DDIM steps"
-    if run.mode in METHODS:
+    if METHODS[run.mode].rewarded:
         text += f"; rewards {run.rewards}"
     limit = "" if run.minutes is None else f"; at most {run.minutes:.2g} minutes"
     return f"{text}{limit}; to {run.out}"
@@ -176,13 +174,12 @@ def check(run):
     a reward's model that cannot be had."""
     check_folder(run)
     method_values(run)
-    weights = parse_rewards(run.rewards)
-    if run.mode in METHODS:
-        early = {name: w for name, w in weights.items() if name != "face" or run.frm_weights}
-        early |= {"lpips": 0.0} if run.mode == "darl" and run.lpips_weights else {}
-        evaluate.load_reward(early, run, run.frm_weights, "cpu", run.size)
+    if METHODS[run.mode].rewarded:
+        weights = parse_rewards(run.rewards)
+        reward_of(run, "cpu", {name: weight for name, weight in weights.items()
+                               if name != "face" or run.frm_weights})
     if run.mode == "frm" and run.labels not in ("known", "svm"):
-        read_labels(run.labels, run.size)
+        read_labels(run.labels, SFTSettings.size)
 
 
 def demo(given: dict):
@@ -190,15 +187,16 @@ def demo(given: dict):
     if place()[1] > 1:
         raise UserError("--mode demo: one process trains it; leave torchrun out")
     methods = given.pop("methods", ["lrpo"])
-    methods = METHODS if "all" in methods else methods
     root = Path(given.pop("out", "runs"))
     modes = ["sft", *([] if "frm_weights" in given else ["frm"]), *methods]
     go_on = given.pop("resume", False)
-    runs = {mode: resolve(mode, given, out=str(root / mode),
-                          resume=go_on and (root / mode / "last.pt").exists()) for mode in modes}
+    runs = {mode: resolve(mode, {name: given[name] for name in given.keys() & fields_of(mode)},
+                          out=str(root / mode), resume=go_on and (root / mode / "last.pt").exists())
+            for mode in modes}
     if "rewards" not in given and "lpips_weights" not in given and lpips_is_missing(runs):
-        for run in runs.values():
-            run.rewards = "offline" if "lpips" in parse_rewards(run.rewards) else run.rewards
+        for mode in methods:
+            if "lpips" in parse_rewards(runs[mode].rewards):
+                runs[mode].rewards = "offline"
     for run in runs.values():
         check(run)
     longer = root / "sft_longer"
@@ -217,19 +215,21 @@ def demo(given: dict):
         out=str(longer), resume=True, overwrite=False, minutes=extra / 60, steps=10 ** 6)))
     ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *methods]]
     flags = ["--out", str(root / "evaluation"), "--frontier", "--ckpt", *ckpts]
-    for name in ("rewards", "device", "lpips_net", "lpips_weights", "clip_weights", "frm_weights",
-                 "data"):
-        value = getattr(runs["sft"], name)
-        flags += [f"--{name}", value] if value else []
+    for name, value in vars(runs[methods[0]]).items():
+        if value and name in ("rewards", "device", "lpips_net", "lpips_weights", "clip_weights",
+                              "frm_weights", "data"):
+            flags += [f"--{name}", str(value)]
     evaluate.compare(evaluate.parser().parse_args(flags))
 
 
 def lpips_is_missing(runs: dict) -> bool:
     """Whether a preset's LPIPS cannot be had. Demo alone goes on without it, and says so."""
-    if not any("lpips" in parse_rewards(run.rewards) for run in runs.values()):
+    run = next((run for run in runs.values() if METHODS[run.mode].rewarded
+                and "lpips" in parse_rewards(run.rewards)), None)
+    if run is None:
         return False
     try:
-        LPIPS(runs["sft"].lpips_net)
+        LPIPS(run.lpips_net)
     except UserError as error:
         print(f"demo goes on with --rewards offline instead of a reward with LPIPS. {error}")
         return True
@@ -246,12 +246,11 @@ def main(argv=None):
     run = resolve(mode, given)
     check(run)
     frm = Path(frm_path(run))
-    if mode in METHODS and "face" in parse_rewards(run.rewards) and not (run.frm_weights
-                                                                         or frm.exists()):
+    if METHODS[mode].rewarded and "face" in parse_rewards(run.rewards) and not frm.exists():
         print(f"no face reward model at {frm}: training one first")
-        own = {"steps", "minutes", "every", "batch_size", "lr", "eta", "resume"}
-        train(resolve("frm", {name: given[name] for name in given.keys() - own},
-                      out=str(frm.parent)))
+        shared = given.keys() & fields_of("frm") - {"steps", "minutes", "every", "batch_size", "lr",
+                                                    "eta", "resume"}
+        train(resolve("frm", {name: given[name] for name in shared}, out=str(frm.parent)))
     train(run)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from support.cli import UserError, is_blocked
-from support.ranks import place
+from support.distributed import place
 
 try:
     import fcntl
@@ -23,8 +23,8 @@ VERSION = 2     # of a checkpoint's fields
 FIELDS = dict(mode=str, args=dict, step=int, best=float, finished=bool, frm=(str, type(None)),
               config=dict, model=dict, ema=dict, ema_updates=int, optimizer=dict, method=dict,
               generator=torch.Tensor)
-ARGUMENTS = dict(data=(str, type(None)), ddim_steps=int, faces=int, rewards=str, seed=int, size=int,
-                 steps=int)         # those that a program reads from a checkpoint
+ARGUMENTS = dict(data=(str, type(None)), ddim_steps=int, faces=int, seed=int, size=int, steps=int)
+# those that a program reads from a checkpoint
 PLACES = ("data", "init", "frm_weights")        # arguments that name a file or folder
 # What may differ when a run goes on. Everything else would make it another run.
 FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite",
@@ -154,10 +154,11 @@ def check_folder(run):
     if last.exists() and not run.resume and not run.overwrite:
         raise UserError(f"--out {run.out}: holds a run already; --resume it, --overwrite it, "
                         "or name another --out")
-    if run.init:
-        load_tensors(run.init, "--init")        # now, and not after a download
+    init, frm_weights = (getattr(run, name, None) for name in ("init", "frm_weights"))
+    if init:
+        load_tensors(init, "--init")        # now, and not after a download
     sft = Path(run.out).parent / "sft" / "last.pt"
-    for source in (run.init or (None if run.mode == "sft" else sft), run.frm_weights):
+    for source in (init or (None if run.mode == "sft" else sft), frm_weights):
         if source and Path(source).resolve() == last.resolve():
             raise UserError(f"--out {run.out}: the run starts from the model in it, and would "
                             "replace it; name another --out")

@@ -120,10 +120,11 @@ def settings_fields(dataclass) -> dict:
     return {f.name: f for f in fields(dataclass) if f.init}
 
 
-def add_flags(p: argparse.ArgumentParser, known: dict, by_preset=frozenset(), only_given=False):
+def add_flags(p: argparse.ArgumentParser, known: dict, by_preset=frozenset(), published=False,
+              only_given=False):
     """One flag for each field in `known`. A preset may replace the defaults of those in
-    `by_preset`. `only_given`: a flag that is not on the command line is left out of the parsed
-    result."""
+    `by_preset`. `published`: the help names the paper's values. `only_given`: a flag that is not on
+    the command line is left out of the parsed result."""
     for name, f in known.items():
         default = argparse.SUPPRESS if only_given else f.default
         if f.type is bool:
@@ -131,23 +132,26 @@ def add_flags(p: argparse.ArgumentParser, known: dict, by_preset=frozenset(), on
                            help=f.metadata["meaning"])
             continue
         text = f.metadata["meaning"]
-        if f.default is not None or name in by_preset:
-            preset = ["by preset"] if name in by_preset else []
-            text += "; default: " + " or ".join(
-                preset + ([] if f.default is None else [str(f.default)]))
-        if f.metadata["paper"] is not None:
+        if f.default is not None:
+            text += f"; default: {f.default}" + (", or by preset" if name in by_preset else "")
+        if published and f.metadata["paper"] is not None:
             text += f"; paper: {f.metadata['paper']}"
         p.add_argument(f"--{name}", default=default, choices=f.metadata.get("choices"), help=text,
                        type=f.metadata.get("type") or TYPES[f.type])
 
 
 @dataclass
-class ModelSettings:
-    """Flags of every program that scores pictures: the models' files, and the device."""
+class RewardFiles:
+    """Where a reward's models are, for every program that scores pictures."""
     frm_weights: str = setting(None, None, "face reward model; left out: frm/last.pt beside the "
                                "run")
     lpips_net: str = setting("squeeze", "vgg", "backbone of LPIPS",
                              choices=["squeeze", "alex", "vgg"])
     lpips_weights: str = setting(None, None, "file of the LPIPS backbone; left out: fetched")
     clip_weights: str = setting(None, None, "file of CLIP RN50; left out: fetched")
+
+
+@dataclass
+class ModelSettings(RewardFiles):
+    """The same and the device."""
     device: str = setting("auto", None, "auto, cpu or cuda")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from support.cli import UserError
 from support.faces import draw_faces
-from support.ranks import place
+from support.distributed import place
 
 MAX_PIXELS = 64_000_000     # ours: 8,000 x 8,000, which takes less than 1 GB to read
 MAX_HELD_OUT = 500      # ours: a steady mean, evaluated in minutes

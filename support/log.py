@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from support.checkpoint import replacing
-from support.ranks import gather
+from support.distributed import gather
 
 
 def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:

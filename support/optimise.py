@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from support.cli import UserError
-from support.ranks import average
+from support.distributed import average
 
 
 class NotFinite(UserError):

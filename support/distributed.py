@@ -1,10 +1,11 @@
 """Several processes on one run, as torchrun starts them: each takes an equal share of every batch.
 
-Steps    1. Every rank draws the random numbers of the whole batch and keeps its rows.   `own_rows`
+Steps    1. Every rank draws the random numbers of the whole batch, and keeps its rows.
+                                                               `gaussian`, `uniform_integers`
          2. Each rank computes the gradient of its rows. The gradients are averaged, so that all
-            ranks take the same optimiser step.                                          `average`
-         3. What needs the whole batch gets the rows of all ranks.                       `gather`
-         4. Rank 0 alone measures, prints and writes.                                    `first`
+            ranks take the same optimiser step.                           `average`
+         3. What needs the whole batch gets the rows of all ranks.        `gather`
+         4. Rank 0 alone measures, prints and writes.                     `is_first`
 So any number of ranks trains what one process trains, up to the order of summation.
 
 DistributedDataParallel would average after every backward pass. A step of LRPO has one for each
@@ -29,11 +30,11 @@ def join():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
-        if not first():
+        if not is_first():
             sys.stdout = open(os.devnull, "w")
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this is rank 0, or the only process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -55,15 +56,25 @@ def alone(when: bool = True):
         _alone = before
 
 
-def all_rows(n: int) -> int:
-    """How many rows all ranks have, if each has n."""
-    return n * place()[1]
-
-
 def own_rows(rows: Tensor) -> Tensor:
     """This rank's rows (N, ...) of those of the whole batch (ranks * N, ...)."""
     rank, ranks = place()
     return rows if ranks == 1 else rows.chunk(ranks)[rank]
+
+
+def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise with the shape, dtype and device of `like` (N, ...). It is drawn on the
+    CPU, so that it is the same on every device."""
+    noise = torch.randn(len(like) * place()[1], *like.shape[1:], generator=generator,
+                        dtype=like.dtype, pin_memory=like.is_cuda)
+    return own_rows(noise).to(like.device, non_blocking=True)
+
+
+def uniform_integers(high: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """An integer 0 .. high-1 for each row of `like` (N, ...), int64 (N,) on its device."""
+    drawn = torch.randint(high, (len(like) * place()[1],), generator=generator,
+                          pin_memory=like.is_cuda)
+    return own_rows(drawn).to(like.device, non_blocking=True)
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -86,8 +97,8 @@ def average(tensors: list[Tensor]):
             t.copy_(mean.view_as(t))
 
 
-def largest(*values: int) -> list[int]:
-    """The largest of each value over the ranks, so that all of them stop at the same step."""
+def maximum(*values: int) -> list[int]:
+    """The maximum of each value over the ranks: if one must stop, all stop at the same step."""
     _, ranks = place()
     if ranks == 1:
         return list(values)
