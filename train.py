@@ -248,8 +248,8 @@ def main(argv=None):
     frm = Path(frm_path(run))
     if METHODS[mode].rewarded and "face" in parse_rewards(run.rewards) and not frm.exists():
         print(f"no face reward model at {frm}: training one first")
-        shared = given.keys() & fields_of("frm") - {"steps", "minutes", "every", "batch_size", "lr",
-                                                    "eta", "resume"}
+        shared = given.keys() & fields_of("frm").keys() - {"steps", "minutes", "every", "batch_size",
+                                                           "lr", "eta", "resume"}
         train(resolve("frm", {name: given[name] for name in shared}, out=str(frm.parent)))
     train(run)
 
