@@ -189,6 +189,8 @@ def demo(given: dict):
     methods = given.pop("methods", ["lrpo"])
     root = Path(given.pop("out", "runs"))
     modes = ["sft", *([] if "frm_weights" in given else ["frm"]), *methods]
+    if idle := given.keys() - {name for mode in modes for name in fields_of(mode)}:
+        raise UserError(f"--{min(idle)}: none of {', '.join(modes)} has such a flag")
     go_on = given.pop("resume", False)
     runs = {mode: resolve(mode, {name: given[name] for name in given.keys() & fields_of(mode)},
                           out=str(root / mode), resume=go_on and (root / mode / "last.pt").exists())
@@ -248,8 +250,8 @@ def main(argv=None):
     frm = Path(frm_path(run))
     if METHODS[mode].rewarded and "face" in parse_rewards(run.rewards) and not frm.exists():
         print(f"no face reward model at {frm}: training one first")
-        shared = given.keys() & fields_of("frm").keys() - {"steps", "minutes", "every", "batch_size",
-                                                           "lr", "eta", "resume"}
+        shared = given.keys() & fields_of("frm").keys() - {"steps", "minutes", "every", "lr",
+                                                           "batch_size", "eta", "resume"}
         train(resolve("frm", {name: given[name] for name in shared}, out=str(frm.parent)))
     train(run)
 
