@@ -92,24 +92,26 @@ class DARL:
     def difficulty(self, restored: Tensor, gt: Tensor) -> Tensor:
         """d_i, the mean distance of a group's members from the ground truth: (B, 3, H, W) each ->
         (P,). LPIPS if the reward has it, else L1."""
-        restored, lpips = restored.clamp(-1, 1), self.lrpo.reward.terms.get("lpips")
+        restored, lpips = restored.clamp(-1, 1), self.lrpo.reward.models.get("lpips")
         d = 1 - lpips(restored, gt) if lpips else (restored - gt).abs().mean((1, 2, 3))
         return d.view(-1, self.settings.group).mean(dim=1)
 
     def step_rewards(self, R: Tensor, steps, gt: Tensor) -> Tensor:
-        """The reward that each DDIM step is credited with, (1, B) or (n, B). Step-wise it is what
-        is gained from the step on, R(x_0) (B,) minus the reward of x0_hat before the step."""
+        """The reward that each DDIM step is credited with, (1 or n, B, g, g). Step-wise it is what
+        is gained from the step on, R(x_0) (B, g, g) minus the reward of x0_hat before the step."""
         if self.settings.stepwise == "off":
             return R[None]
-        before = [self.lrpo.reward(repeat_to(step.x0_hat, len(gt)), gt)[0] for step in steps]
+        before = [self.lrpo.reward(repeat_to(step.x0_hat, len(gt)), gt, self.lrpo.g)[0]
+                  for step in steps]
         return R - torch.stack(before)
 
     def loss(self, step, lq: Tensor, gt: Tensor, lam: Tensor, mu: Tensor, sigma: Tensor,
              pg: Tensor):
         """lambda_i L_RL + w (1 - lambda_i) L_SFT + beta KL, a scalar, and its terms by name. lq, gt
-        (P, 3, H, W), lam (P,), mu (B, 3, H, W), sigma a scalar, pg (B,) of `clipped_loss`."""
+        (P, 3, H, W), lam (P,), mu (B, 3, H, W), sigma a scalar, pg (B, g, g) of
+        `clipped_loss`."""
         settings, diffusion = self.settings, self.lrpo.diffusion
-        rl = (repeat_to(lam, len(pg)) * pg).mean()
+        rl = (repeat_to(lam, len(pg)) * pg.mean(dim=(1, 2))).mean()
         sft = diffusion.loss(self.net, lq, gt, self.lrpo.generator)             # (P,)
         sft, terms = ((1 - lam) * sft).mean(), {}
         loss = rl + settings.sft_weight * sft
@@ -135,7 +137,7 @@ class DARL:
             rho = d / self.mean
             self.mean = self.mean.lerp(all_d.mean(), 1 - MEAN_DECAY)
             lam = blend_weight(rho, self.settings.blend)                        # (P,)
-            R, terms = self.lrpo.reward(restored, targets)                      # (B,)
+            R, terms = self.lrpo.reward(restored, targets, self.lrpo.g)         # (B, g, g)
             self.lrpo.assign_advantages(steps, self.step_rewards(R, steps, targets))
         stats = self.lrpo.optimise(steps, lq, R, terms, lambda step, mu, sigma, pg: (
             self.loss(step, lq, gt, lam, mu, sigma, pg)))

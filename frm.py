@@ -56,9 +56,21 @@ class FaceRewardModel(nn.Module):
         """The parameters that training may change."""
         return list(self.parameters())
 
+    def score_map(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B, H/16, W/16), in logits."""
+        return self.out(self.features(x).movedim(1, 3))[..., 0]
+
     def score(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B,), in logits."""
-        return self.out(self.features(x).mean(dim=(2, 3)))[:, 0]
+        """The mean of `score_map`: x (B, 3, H, W) -> (B,)."""
+        return self.score_map(x).mean(dim=(1, 2))
+
+    def maps(self, x: Tensor, y: Tensor = None) -> list[Tensor]:
+        """One map whose mean is the reward: x (B, 3, H, W) -> (B, H/16, W/16). The sigmoid is taken
+        to first order around the mean score. y is not used."""
+        z = (self.score_map(x) - self.mean) / self.std
+        centre = z.mean(dim=(1, 2), keepdim=True)
+        reward = torch.sigmoid(centre)                                  # (B, 1, 1)
+        return [reward + reward * (1 - reward) * (z - centre)]
 
     def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
         """The reward of x (B, 3, H, W) in [-1, 1]: (B,) in (0, 1). y is not used."""
@@ -98,6 +110,10 @@ class ClipFaceRewardModel(nn.Module):
         image = self.clip.encode_image(x, normalize=True)               # (B, E)
         text = self.clip.encode_text(self.tokens, normalize=True)       # (1, E)
         return (image * text).sum(dim=1)                                # (B,)
+
+    def maps(self, x: Tensor, y: Tensor = None) -> list[Tensor]:
+        """The reward, for the whole image: one map (B, 1, 1)."""
+        return [self(x).view(-1, 1, 1)]
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that training may change, as in the published code."""

@@ -27,7 +27,7 @@ ARGUMENTS = dict(data=(str, type(None)), ddim_steps=int, faces=int, seed=int, si
 # those that a program reads from a checkpoint
 PLACES = ("data", "init", "frm_weights")        # arguments that name a file or folder
 # What may differ when a run goes on. Everything else would make it another run.
-FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite",
+FREE_ON_RESUME = {"steps", "tflop", "every", "out", "device", "resume", "overwrite",
                   "workers", "lpips_weights", "clip_weights"}
 
 
@@ -89,12 +89,12 @@ def digest(path) -> str | None:
 
 
 def run_state(args: dict, method, ema, generator, step: int, best: float, finished: bool,
-              frm: str | None) -> dict:
+              frm: str | None, tflop: float = 0.0) -> dict:
     """The checkpoint after `step` steps. Restoring a photo needs only `config` and `ema`. `frm` is
     the digest of the face reward model that the run uses."""
     config = vars(method.net.config) if hasattr(method.net, "config") else {}
     return {"version": VERSION, "mode": args["mode"], "step": step, "best": best, "args": args,
-            "finished": finished, "frm": frm, "config": config,
+            "finished": finished, "frm": frm, "tflop": tflop, "config": config,
             "model": method.net.state_dict(), "ema": ema.net.state_dict(),
             "ema_updates": ema.updates, "optimizer": method.optimizer.state_dict(),
             "method": method.state_dict() if hasattr(method, "state_dict") else {},

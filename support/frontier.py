@@ -70,9 +70,14 @@ def sampler_points(measured, Ks, eta: float) -> dict[tuple, dict]:
     return {choice: measured(*choice) for choice in tqdm(choices, "frontier", disable=None)}
 
 
+def sign(name: str) -> int:
+    """1 for a measure of which more is better, -1 for LPIPS."""
+    return -1 if name.startswith("lpips") else 1
+
+
 def distances_beyond(rows: dict, points: dict, name: str) -> dict[str, tuple[float, float]]:
     """For each row, `beyond` in the plane of PSNR and `name`: {label: (distance, error)}."""
-    plane = lambda row: torch.stack([row["psnr"], row[name] * (-1 if name == "lpips" else 1)], 1)
+    plane = lambda row: torch.stack([row["psnr"], row[name] * sign(name)], 1)
     samplers = torch.stack([plane(row) for row in points.values()])         # (S, N, 2)
     return {label: beyond(plane(row), samplers) for label, row in rows.items()}
 
@@ -94,14 +99,13 @@ def draw_frontier(path, rows: dict, points: dict, names: list[str], first: str):
             ax.plot(*zip(*(xy[K, eta] for K in FRONTIER_STEPS)), "o-", ms=3, lw=.8, color=str(
                 .45 + .4 * eta), label=f"{first}, eta {eta:g}, K = {FRONTIER_STEPS[0]} ... "
                 f"{FRONTIER_STEPS[-1]} (right to left)")
-        sign = -1 if name == "lpips" else 1
-        edge = hull([(x, sign * y) for x, y in xy.values()])
+        edge = hull([(x, sign(name) * y) for x, y in xy.values()])
         ax.plot(*zip(*(list(xy.values())[i] for i in edge)), "k--", lw=1.2, label="frontier")
         for label, row in rows.items():
             error = [standard_error(row[k] - rows[first][k]) for k in ("psnr", name)]
             ax.errorbar(row["psnr"].mean(), row[name].mean(), error[1], error[0], fmt="s", ms=6,
                         capsize=2, lw=.8, label=label)
-        if name == "lpips":
+        if sign(name) < 0:
             ax.invert_yaxis()       # up is better in every panel
         ax.set(xlabel="PSNR, dB (right is more faithful)", ylabel=f"{name} (up is better)")
         ax.legend(fontsize=7)
