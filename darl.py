@@ -1,11 +1,12 @@
 """DARL: reinforcement learning for difficult faces, supervised training for easy ones.
 
-Paper    "Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive Reinforcement Learning
-         with IQA Reward" (Xu et al. 2025, arXiv 2511.01645). Its code is not public, and we know
-         only the abstract and a summary by others: every formula here is our reading of them.
-Claims   of the abstract, in our words, and the flags that test them:
-           1. An image quality score without ground truth is the better reward, because supervised
-              training has already used the ground truth.                   --rewards
+Paper    "Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive Reinforcement
+         Learning with IQA Reward" (Xu et al. 2025, arXiv 2511.01645). Its code is not public, and
+         we know only the abstract and a summary by others: every formula is our reading of them.
+Claims   of the abstract (1 to 3) and of the summary (4, 5), and the flags that test them:
+           1. An image quality score without ground truth, above all one from a multimodal language
+              model, is the better reward, because supervised training has already used the ground
+              truth. (Here `face` or CLIP-IQA stands for it.)               --rewards
            2. RL is for hard samples, those far from their ground truth.    --blend hard, easy, 1
            3. As samples come near, supervised training is blended in, with a weight that follows
               their relative difficulty.                                    --blend adaptive, .5
@@ -29,17 +30,10 @@ from torch import Tensor
 
 from lrpo import LRPO, PolicySettings, gaussian_kl, repeat_to
 from rewards import REWARDS_HELP
-from support.cli import UserError, setting, share
+from support.cli import UserError, one_of, setting, share
 from support.distributed import gather
 
 MEAN_DECAY = 0.95       # ours: a running mean over about twenty rollouts, as the policy improves
-
-
-def blend_choice(text: str) -> str:
-    """An argparse type: adaptive, hard, easy or a number from 0 to 1."""
-    if text not in ("adaptive", "hard", "easy"):
-        share(text)
-    return text
 
 
 @dataclass
@@ -54,7 +48,7 @@ class DARLSettings(PolicySettings):
     rewards: str = setting("face=1", None, REWARDS_HELP)
     blend: str = setting("adaptive", None, "share of RL in an image's loss: adaptive, hard (above "
                          "the mean difficulty only), easy, or a number from 0 to 1",
-                         type=blend_choice)
+                         type=one_of("adaptive", "hard", "easy", otherwise=share))
     sft_weight: float = setting(0.2, None, "weight of the supervised loss")
     kl_weight: float = setting(0.0, None, "weight of the KL from the starting policy")
     stepwise: str = setting("off", None, "credit each step with the reward gained after it",

@@ -125,8 +125,8 @@ def rewards_of(states, args) -> list[dict[str, float]]:
         if state["mode"] != "sft":
             found.append(parse_rewards(state["args"]["rewards"]))
             if found[-1].get("lpips") and state["args"]["lpips_net"] == args.judge_net:
-                raise UserError(f"--judge_net {args.judge_net}: {path} was trained on LPIPS with it, "
-                                "so that it is no judge; choose another")
+                raise UserError(f"--judge_net {args.judge_net}: {path} was trained on LPIPS with "
+                                "it, so that it is no judge; choose another")
     return found
 
 

@@ -131,8 +131,8 @@ class ClipFaceRewardModel(nn.Module):
 
 
 def build_clip(config: dict, state: dict, source: str) -> nn.Module:
-    """open_clip's CLIP of this config with exactly the tensors of `state`, frozen, in float32. Raises
-    UserError, naming `source`, if names or shapes differ."""
+    """open_clip's CLIP of this config with exactly the tensors of `state`, frozen, in float32.
+    Raises UserError, naming `source`, if names or shapes differ."""
     import open_clip
     clip = open_clip.CLIP(**config)
     try:

@@ -32,17 +32,12 @@ from fidelity import Fidelity
 from frm import pair_loss
 from model import MAX_GRAD_NORM, Diffusion, ResBlock
 from rewards import REWARDS_HELP, CompositeReward, low_pass
-from support.cli import UserError, setting, share, whole
+from support.cli import UserError, one_of, setting, share, whole
 from support.distributed import gaussian
 from support.log import to_floats
 from support.optimise import optimiser_step
 
 GAP_EVERY = 2       # ours: steps between measurements of the PSNR, which cost as much as a step
-
-
-def random_or_share(text: str):
-    """An argparse type: "random", or a number from 0 to 1."""
-    return text if text == "random" else share(text)
 
 
 @dataclass
@@ -55,10 +50,10 @@ class ReFLSettings:
     rewards: str = setting("lpips=.7,face=.3,ssim=.1", "face=.005,lpips=.01", REWARDS_HELP)
     ddim_steps: int = setting(5, 50, "K, sampling steps")
     refl_last: int = setting(1, 2, "the step with gradient is one of the last n")
-    eta: str | float = setting(1.0, "random", "DDIM noise of the rollouts; random: a new one from 0 "
-                               "to 1 at each step", type=random_or_share)
+    eta: str | float = setting(1.0, "random", "DDIM noise of the rollouts; random: a new one from "
+                               "0 to 1 at each step", type=one_of("random", otherwise=share))
     struct_weight: float = setting(0.0, 0.01, "weight of L_struct, low-pass L1 to the photo")
-    reg_weight: float = setting(0.0, 1e-4, "weight of L_reg, the distance from the starting network")
+    reg_weight: float = setting(0.0, 1e-4, "weight of L_reg, distance from the starting network")
     fidelity_weight: float = setting(0.2, 0.0, "weight of L_fidelity, times that of fidelity.py")
     fidelity_margin: float = setting(0.0, None, "PSNR in dB that L_fidelity may give up")
     frm_update_every: int = setting(1, 10, "steps between updates of the reward model (0: none)",

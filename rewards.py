@@ -45,9 +45,9 @@ SSIM_C1, SSIM_C2 = 0.01 ** 2, 0.03 ** 2     # the same, for a data range of 1
 
 def ssim_map(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity of images (B, 3, H, W) in [-1, 1], H and W at least 11, around each
-    pixel: (B, H-10, W-10) in [-1, 1]. Gaussian window, no padding, mean over RGB: scikit-image's with gaussian_weights and
-    without sample covariance. With means m, variances v and the covariance cov under the window w
-    (cov = sum w x y - m_x m_y), for images rescaled to [0, 1], it is
+    pixel: (B, H-10, W-10) in [-1, 1]. Gaussian window, no padding, mean over RGB: scikit-image's
+    with gaussian_weights and without sample covariance. With means m, variances v and covariance
+    cov under the window w (cov = sum w x y - m_x m_y), for images rescaled to [0, 1], it is
     (2 m_x m_y + C1) (2 cov + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2))."""
     dtype = x.dtype
     if x.is_cuda:       # a GPU's convolutions use TF32, whose rounding moves SSIM by .01
@@ -127,7 +127,8 @@ class LPIPS(Frozen):
     holds the linear layers.
 
     `weights` is a file of the backbone's ImageNet features, which `flag` gave; without it
-    torchvision fetches one. Raises UserError if the file is not that backbone's, or if nothing can be fetched.
+    torchvision fetches one. Raises UserError if the file is not that backbone's, or if nothing can
+    be fetched.
     """
 
     def __init__(self, net: str = "squeeze", weights: str = None, flag: str = "--lpips_weights"):

@@ -92,8 +92,8 @@ class RunSettings:
     data: str = setting(None, None, "folder of face photos; left out: drawn faces")
     faces: int = setting(4096, None, "how many drawn faces to train on")
     out: str = setting(None, None, "run folder; left out: runs/MODE, for demo runs")
-    init: str = setting(None, None, "restorer to start from; left out: sft/last.pt beside --out, and "
-                        "for sft a new one")
+    init: str = setting(None, None, "restorer to start from; left out: sft/last.pt beside --out, "
+                        "and for sft a new one")
     resume: bool = setting(False, None, "go on with the run in --out, exactly")
     overwrite: bool = setting(False, None, "start anew where --out holds a run")
     tflop: float = setting(None, None, "stop after so many operations of training, in 1e12; "

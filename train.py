@@ -37,7 +37,7 @@ from support.log import Log, plan, warn_of_collapse
 from support.optimise import NotFinite, check_finite
 
 COUNTED = 2     # ours: steps whose operations are counted; refl measures its PSNR in every second
-OFFLINE_STEPS = 540     # ours: of refl in a demo without LPIPS: it smooths first, and sharpens later
+OFFLINE_STEPS = 540     # ours: of refl in a demo without LPIPS; it smooths first, sharpens later
 
 
 def train(run):
@@ -182,15 +182,15 @@ def demo(given: dict):
     methods, root = given.pop("methods", ["lrpo", "refl"]), Path(given.pop("out", "runs/demo"))
     if "rewards" not in given and lpips_is_missing(given):
         methods, given = ["refl"], given | {"rewards": "offline", "steps": OFFLINE_STEPS}
-    go_on = given.pop("resume", False)
+    resume = given.pop("resume", False)
 
     def run(mode, **more):
         out = root / mode
+        go_on = resume and (out / "last.pt").exists()
         own = {name: given[name] for name in given.keys() & fields_of(mode).keys()}
         if mode not in methods:
             own.pop("steps", None)          # --steps is for the methods
-        return resolve(mode, own, **{"out": str(out), "resume": go_on and (out / "last.pt").exists(),
-                                     **more})
+        return resolve(mode, own, out=str(out), resume=go_on, **more)
     modes = [*([] if "frm_weights" in given else ["frm"]), *methods]
     for mode in [*modes, "sft"]:
         check(run(mode))
@@ -231,8 +231,8 @@ def main(argv=None):
     frm = Path(frm_path(run))
     if METHODS[mode].rewarded and "face" in parse_rewards(run.rewards) and not frm.exists():
         print(f"no face reward model at {frm}: training one first")
-        shared = given.keys() & fields_of("frm").keys() - {"steps", "minutes", "every", "batch_size", "lr",
-                                                    "eta", "resume"}
+        shared = given.keys() & fields_of("frm").keys() - {"steps", "tflop", "every", "batch_size",
+                                                           "lr", "eta", "resume"}
         train(resolve("frm", {name: given[name] for name in shared}, out=str(frm.parent)))
     train(run)
 

@@ -94,6 +94,13 @@ policy_eta = number(float, 0.001, 1)            # ours: with eta = 0 a step has 
 seed_number = number(int, 0, 2 ** 32 - 2)       # 2^32 - 1 is the seed of the held-out degradations
 
 
+def one_of(*words: str, otherwise):
+    """An argparse type: one of these words, or what the type `otherwise` takes."""
+    def parse(text: str):
+        return text if text in words else otherwise(text)
+    return parse
+
+
 def name(text: str) -> str:
     """An argparse type: any text but an empty one, which a shell makes of an unset variable."""
     if not text:
