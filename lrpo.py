@@ -2,7 +2,7 @@
 
 Paper    LRPO, Likelihood-Regularised Policy Optimisation (Wu et al. 2025, arXiv 2509.23339).
          It builds on DDPO (arXiv 2305.13301), PPO (1707.06347) and GRPO (2402.03300).
-Policy   Each DDIM step is a Gaussian policy: pi(x_{t-1} | x_t, LQ) = N(mu, sigma^2 I).
+Policy   Each of the K DDIM steps is a Gaussian: pi(x_{t-1} | x_t, LQ) = N(mu, sigma^2 I).
 Steps    of the algorithm, in the order of `LRPO.step` and `LRPO.optimise`:
          1. Restore each LQ image G times.                                `LRPO.rollout`
          2. Score the results by the composite reward (strategy 1).       rewards.py
@@ -11,9 +11,7 @@ Steps    of the algorithm, in the order of `LRPO.step` and `LRPO.optimise`:
          5. Raise the likelihood of the better trajectories, clipped.     `clipped_loss`
          6. Raise the likelihood of the ground truth (strategy 2).        `gt_likelihood_loss`
 Shapes   P LQ images, G restorations of each, B = P * G. Rewards, advantages and likelihoods are
-         given for each of g x g patches of an image, of D values each; in the paper g is 1. t-1 in
-         the paper is s here. A DDIM step is one of the sampler's K; an optimiser step changes the
-         weights.
+         given for each of g x g patches of D values; in the paper g is 1. Its t-1 is s here.
 Departs  by the values of settings: `LRPOSettings` has the published value of each beside ours, and
          `--recipe paper` takes that. Ours: a group shares all noise but that of its last noisy DDIM
          step, which alone is trained, so that one network call serves the G equal states
@@ -38,8 +36,7 @@ from support.optimise import optimiser_step
 
 ADV_EPS = 1e-4              # LRPO's code: bounds the advantage where the rewards hardly differ
 ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
-TRUST = 1.64                # LRPO's code: its clip range times its D, 1e-4 * 4*64*64. The ratio is
-#                             a geometric mean over D, so that TRUST / D suits every D (ours)
+TRUST = 1.64                # LRPO's code: clip range 1e-4 at D = 4*64*64. TRUST / D for any D (ours)
 GT_TEMPERATURE = 40.0       # LRPO's code: L_gt = 1 - exp(log pi / 40)
 MIN_STD = 1e-6              # ours: below it the float32 rewards of a group count as equal
 RATIO_SLACK, BF16_SLACK = 1e-5, 1e-3    # ours: another order of summation moves it by 2e-7, 2e-4
@@ -56,16 +53,12 @@ class PolicySettings:
     group: int = setting(8, 9, "G, restorations of one image", type=at_least_two)
     own_steps: int = setting(1, 0, "the last n noisy DDIM steps are each member's own, and are "
                              "trained; a group shares those before (0: none)", type=whole)
-    credit: int = setting(0, 0, "side in px of the patches with an advantage of their own (0: one "
-                          "for the image)", type=whole)
+    credit: int = setting(0, 0, "side of a patch with its own advantage, px (0: image)", type=whole)
     updates: int = setting(2, 1, "passes over a rollout")
     steps_per_update: int = setting(0, 1, "DDIM steps in an optimiser step (0: all)", type=whole)
-    clip: float = setting(None, None, "clip range of the ratio; left out: 1.64 / D, which is the "
-                          "published 1e-4 at D = 4*64*64")
-    adv_std: str = setting("group", "batch", "standard deviation in the advantage",
-                           choices=["group", "batch"])
-    noise_level_weights: str = setting("on", "on", "strategy 3 of LRPO; 1 for a single own step",
-                                       choices=["on", "off"])
+    clip: float = setting(None, None, "clip range of the ratio; left out: 1.64 / D, as published")
+    adv_std: str = setting("group", "batch", "in the advantage", choices=["group", "batch"])
+    noise_level_weights: str = setting("on", "on", "strategy 3", choices=["on", "off"])
 
     def __post_init__(self):
         for name, idle in (("noise_level_weights", "on"), ("steps_per_update", 0)):
@@ -75,22 +68,17 @@ class PolicySettings:
 
 @dataclass
 class LRPOSettings(PolicySettings):
-    """The settings of mode lrpo. Raises UserError for a margin without a steered weight."""
+    """The settings of mode lrpo."""
     steps: int = setting(80, None, "rollouts in all")
     every: int = setting(20, None, "rollouts between measurements, with checkpoints")
     rewards: str = setting("default", "paper", REWARDS_HELP)
     pg_weight: float = setting(1.0, 1.0, "weight of the policy gradient")
-    gt_target: str = setting("posterior", "noised", "ground truth in the likelihood: noised anew, "
-                             "or by the policy's own step", choices=["posterior", "noised"])
-    gt_weight: str | float = setting("auto", 0.001, "weight of the likelihood; auto: it follows "
-                                     "from the PSNR lost since the start", type=one_of("auto", otherwise=amount))
+    gt_target: str = setting("posterior", "noised", "the ground truth in the likelihood: by the "
+                             "policy's step, or noised anew", choices=["posterior", "noised"])
+    gt_weight: str | float = setting("auto", 0.001, "weight of the likelihood; auto: by the PSNR "
+                                     "since the start", type=one_of("auto", otherwise=amount))
     gt_last: int = setting(0, 5, "likelihood on the last n trained steps (0: on all)", type=whole)
     fidelity_margin: float = setting(0.2, 0.2, "PSNR in dB that --gt_weight auto may give up")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.gt_weight != "auto" and self.fidelity_margin != LRPOSettings.fidelity_margin:
-            raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one out")
 
 
 def gaussian_log_prob(x: Tensor, mu: Tensor, sigma: Tensor, g: int = 1) -> Tensor:
@@ -112,8 +100,8 @@ def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
     """A_i = (R_i - mean of its group) / (std + 1e-4), patch by patch: (P, G, g, g), the same shape.
 
     std "group" takes the population standard deviation of the group (the paper's figure), "batch"
-    that of all P * G rewards (the published code), each from the mean of the variance over the
-    patches. A group of std below MIN_STD gets exactly 0."""
+    that of all P * G rewards (the published code), of all patches. A group of std below MIN_STD
+    gets exactly 0."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     group_std = centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()       # (P, 1, 1, 1)
     batch_std = (rewards - rewards.mean(dim=(0, 1), keepdim=True)).square().mean().sqrt()
@@ -122,8 +110,7 @@ def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
 
 
 def noise_level_weights(sigma: Tensor) -> Tensor:
-    """w_t = sigma_t / mean of sigma (strategy 3): (n,) -> (n,), mean 1. The paper's reason: early,
-    noisy steps decide more."""
+    """w_t = sigma_t / mean sigma (strategy 3): (n,) -> (n,). Early, noisy steps decide more."""
     return sigma / sigma.mean()
 
 
@@ -148,8 +135,7 @@ def repeat_to(u: Tensor, n: int) -> Tensor:
 
 @dataclass
 class Transition:
-    """One trained DDIM step t -> s of the B trajectories of a rollout. N is P where the members of
-    a group still share their state, otherwise B."""
+    """One trained DDIM step t -> s of a rollout. N is P while a group shares its state, else B."""
     t: int
     s: int
     x: Tensor                   # (N, 3, H, W)  x_t, the state
@@ -176,19 +162,18 @@ class LRPO:
         self.clip = TRUST / (3 * patch ** 2) if settings.clip is None else settings.clip
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, fused=True)
         steered = isinstance(settings, LRPOSettings) and settings.gt_weight == "auto"
-        self.fidelity = Fidelity(net, diffusion, settings.ddim_steps, settings.fidelity_margin,
-                                 generator) if steered else None
+        self.fidelity = steered and Fidelity(net, diffusion, len(self.schedule),
+                                             settings.fidelity_margin, generator)
 
     def policy(self, x: Tensor, lq: Tensor, t: int, s: int):
-        """mu (N, 3, H, W), sigma (), x0_hat (N, 3, H, W) of pi(x_s | x_t, LQ), for N / P states in
-        x (N, 3, H, W) of each image of lq (P, 3, H, W)."""
+        """mu (N, 3, H, W), sigma (), x0_hat (N, 3, H, W) of pi(x_s | x_t, LQ): N / P states x for
+        each image of lq (P, 3, H, W)."""
         return self.diffusion.ddim_step(self.net, x, repeat_to(lq, len(x)), t, s, self.settings.eta)
 
     @torch.no_grad()
     def rollout(self, lq: Tensor) -> tuple[Tensor, list[Transition]]:
         """Restore lq (P, 3, H, W) G times: the results (B, 3, H, W), unclamped, and a Transition
-        for each own DDIM step of the members, with action = mu + sigma z. Before those an image has
-        one trajectory. The last step gives mu: it has sigma = 0."""
+        for each own DDIM step, with action = mu + sigma z. The last step gives mu (sigma = 0)."""
         B, steps = len(lq) * self.settings.group, []
         x = gaussian(lq if self.shared else repeat_to(lq, B), self.generator)       # x_T
         for k, (t, s) in enumerate(self.schedule[:-1]):
@@ -209,8 +194,8 @@ class LRPO:
         groups of all ranks are compared."""
         sigma = torch.stack([self.diffusion.sigma(step.t, step.s, self.settings.eta)
                              for step in steps])                        # (n,)
-        on = self.settings.noise_level_weights == "on"
-        weights = noise_level_weights(sigma) if on else torch.ones_like(sigma)
+        weights = (noise_level_weights(sigma) if self.settings.noise_level_weights == "on" else
+                   torch.ones_like(sigma))
         for step, w, R in zip(steps, weights, rewards.expand(len(steps), -1, -1, -1)):
             groups = gather(R.unflatten(0, (-1, self.settings.group)))  # (all P, G, g, g)
             A = own_rows(group_advantages(groups, self.settings.adv_std)).flatten(0, 1)
@@ -225,9 +210,9 @@ class LRPO:
         return gaussian_log_prob(step.x_gt, mu, sigma).flatten()
 
     def posterior_log_prob(self, step: Transition, gt: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-        """Our target: E_q[log pi] with q = q(x_s | x_t, x_gt), the step of a policy that knows gt
-        (B, 3, H, W): DDIM's posterior, DDPM's for eta = 1. Up to a constant, the entropy of q, that
-        is -KL(q || pi), which is returned: (B,), at most 0. It is a weighted |x0_hat - x_gt|^2."""
+        """Our target: E_q[log pi], q = q(x_s | x_t, x_gt) the step of a policy that knows gt (B, 3,
+        H, W). Less a constant, the negative entropy of q, it is -KL(q || pi), a weighted
+        |x0_hat - x_gt|^2, which is returned: (B,), at most 0."""
         x = repeat_to(step.x, len(gt))
         mu_gt = self.diffusion.posterior_mean(x, gt, step.t, step.s, self.settings.eta)
         return -gaussian_kl(mu_gt, mu, sigma)
@@ -236,18 +221,16 @@ class LRPO:
         """The loss of one transition, a scalar, and its terms by name. gt, mu (B, 3, H, W); sigma a
         scalar; pg (B, g, g) of `clipped_loss`."""
         target = {"noised": self.noised_log_prob, "posterior": self.posterior_log_prob}
-        log_prob = target[self.settings.gt_target](step, gt, mu, sigma)             # (B,)
-        likelihood = gt_likelihood_loss(log_prob).mean()
+        log_prob = target[self.settings.gt_target]
+        likelihood = gt_likelihood_loss(log_prob(step, gt, mu, sigma)).mean()
         weight = self.fidelity.weight if self.fidelity else self.settings.gt_weight
-        trained = self.schedule[self.shared:-1]
-        if (step.t, step.s) not in trained[-(self.settings.gt_last or len(trained)):]:
-            weight = 0.0
+        own = self.schedule[self.shared:-1]
+        weight *= (step.t, step.s) in own[-(self.settings.gt_last or len(own)):]
         return (self.settings.pg_weight * pg.mean() + weight * likelihood,
                 {"pg_loss": pg.mean(), "gt_loss": likelihood})
 
     def step(self, batch) -> dict[str, float]:
-        """One rollout and the optimiser steps on it. batch = (lq, gt), each (P, 3, H, W). Returns
-        the metrics. Raises RuntimeError as `numbers` does."""
+        """One rollout and the optimiser steps on it: (lq, gt), (P, 3, H, W) each -> the metrics."""
         lq, gt = batch
         restored, steps = self.rollout(lq)                                          # 1
         targets = repeat_to(gt, len(restored))                                      # (B, 3, H, W)
@@ -262,16 +245,15 @@ class LRPO:
         return stats | {"gt_weight": self.fidelity.update(stats["fidelity_gap"])}
 
     def optimise(self, steps: list[Transition], lq: Tensor, R: Tensor, terms: dict, loss):
-        """The optimiser steps on a rollout: passes over it, and in each pass the DDIM steps of the
-        trajectory in turn, `steps_per_update` at a time. lq (P, 3, H, W), R (B, g, g), `terms` (B,)
-        each; `loss(step, mu, sigma, pg)` returns a scalar and its terms by name. Returns the
-        metrics (of the loss: the last pass) as scalar tensors, so that no GPU is waited for."""
-        n, passes = self.settings.steps_per_update or len(steps), []
+        """The optimiser steps on a rollout: passes over it, and in each the DDIM steps of the
+        trajectory, `steps_per_update` at a time. lq (P, 3, H, W), R (B, g, g), `terms` (B,) each;
+        `loss(step, mu, sigma, pg)` returns a scalar and its terms by name. Returns the metrics (of
+        the loss: in the last pass) as scalar tensors."""
+        n, seen = self.settings.steps_per_update or len(steps), []
         for _ in range(self.settings.updates):
-            passes.append([])
             for i in range(0, len(steps), n):
-                passes[-1].append(self.update(steps[i:i + n], lq, terms, loss))
-        first, last = passes[0][0]["ratio"], passes[-1]
+                seen.append(self.update(steps[i:i + n], lq, terms, loss))
+        first, last = seen[0]["ratio"], seen[-math.ceil(len(steps) / n):]
         ratio = torch.cat([u.pop("ratio") for u in last])               # (n, B, g, g)
         std = R.mean(dim=(1, 2)).view(-1, self.settings.group).std(dim=1, correction=0)     # (P,)
         return {"reward": R.mean(), **{k: v.mean() for k, v in terms.items()},

@@ -158,6 +158,8 @@ def parse(argv=None) -> dict:
         raise UserError("--faces: --data has the photos; leave one of them out")
     if "compile" in given and "refl" in (mode, *given.get("methods", [])):
         raise UserError("--compile: a compiled network hides what refl reads; leave it out")
+    if "fidelity_margin" in given and given.get("gt_weight", "auto") != "auto":
+        raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one out")
     network_flags = given.keys() & {"size", "channels", "mults", "patch"}
     if network_flags and ("init" in given or mode == "demo"):
         raise UserError(f"--{min(network_flags)}: --init has a network already; leave one out")
