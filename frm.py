@@ -84,8 +84,7 @@ class FaceRewardModel(nn.Module):
 
 
 CLIP_ARCHITECTURE = "ViT-H-14"          # HPSv2's, and so DiffusionReward's
-TRAINED_IMAGE = 19      # DiffusionReward: lock_image_tower(20) leaves 19 blocks, ln_post and proj
-TRAINED_TEXT = 11       # DiffusionReward: the last blocks of the text tower
+IMAGE_GROUPS, TEXT_GROUPS = 20, 11      # DiffusionReward: unlocked, a projection or a block each
 CAPTION = "a clear, natural photo of a face"    # ours: the paper has a caption for each photo
 
 
@@ -93,7 +92,7 @@ class ClipFaceRewardModel(nn.Module):
     """The papers' model: the cosine of the image's and the caption's embeddings.
 
     `clip` is a CLIP with a ViT, from `build_clip`. Images are resized to CLIP's input size
-    bilinearly, as by the published Resize(224).
+    bilinearly and without antialiasing, as the published code resizes tensors.
     """
 
     def __init__(self, clip: nn.Module):
@@ -105,8 +104,7 @@ class ClipFaceRewardModel(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
         """The reward of x (B, 3, H, W) in [-1, 1]: (B,) in [-1, 1]. y is not used."""
-        x = F.interpolate(normalise(x), self.clip.visual.image_size, mode="bilinear",
-                          antialias=True)
+        x = F.interpolate(normalise(x), self.clip.visual.image_size, mode="bilinear")
         image = self.clip.encode_image(x, normalize=True)               # (B, E)
         text = self.clip.encode_text(self.tokens, normalize=True)       # (1, E)
         return (image * text).sum(dim=1)                                # (B,)
@@ -116,11 +114,15 @@ class ClipFaceRewardModel(nn.Module):
         return [self(x).view(-1, 1, 1)]
 
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that training may change, as in the published code."""
-        visual = self.clip.visual
-        layers = (*visual.transformer.resblocks[-TRAINED_IMAGE:], visual.ln_post,
-                  *self.clip.transformer.resblocks[-TRAINED_TEXT:])
-        return [visual.proj, self.clip.logit_scale, *(p for u in layers for p in u.parameters())]
+        """The parameters that training may change: what open_clip's lock functions leave, called as
+        in the published code. That is the last blocks, norms and projections of both towers, and
+        logit_scale. None has requires_grad afterwards."""
+        self.clip.requires_grad_(True)
+        self.clip.lock_image_tower(IMAGE_GROUPS)
+        self.clip.lock_text_tower(TEXT_GROUPS)
+        found = [p for p in self.clip.parameters() if p.requires_grad]
+        self.clip.requires_grad_(False)
+        return found
 
     def score(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> (B,), in logits."""

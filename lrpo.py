@@ -56,7 +56,7 @@ class PolicySettings:
     credit: int = setting(0, 0, "side of a patch with its own advantage, px (0: image)", type=whole)
     updates: int = setting(2, 1, "passes over a rollout")
     steps_per_update: int = setting(0, 1, "DDIM steps in an optimiser step (0: all)", type=whole)
-    clip: float = setting(None, None, "clip range of the ratio; left out: 1.64 / D, as published")
+    clip: float = setting(None, 1e-4, "clip range of the ratio; left out: 1.64 / D, as published")
     adv_std: str = setting("group", "batch", "in the advantage", choices=["group", "batch"])
     noise_level_weights: str = setting("on", "on", "strategy 3", choices=["on", "off"])
 
