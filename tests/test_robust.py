@@ -15,7 +15,7 @@ import train
 from common import SMALL, run, same
 from support import checkpoint
 from support.cli import UserError
-from support.data import read_photo
+from support.photos import read_photo
 from support.labels import read_labels
 
 ROOT = Path(__file__).parents[1]
