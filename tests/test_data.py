@@ -1,5 +1,7 @@
 """The split of a folder, the degradation against other people's code, the streams."""
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -72,6 +74,52 @@ def test_folders_that_cannot_be_used(tmp_path):
         Photos.from_folder(folder(tmp_path, 1), 16, "heldout")
     with pytest.raises(UserError, match="none of its train photos"):
         Photos.from_folder(folder(tmp_path, 5, bad=range(5)), 16, "train")
+
+
+def test_few_photos_are_read_at_a_time(tmp_path, monkeypatch):
+    now, most, lock, read = [0], [], threading.Lock(), data.read_photo
+
+    def counted(path, size):
+        with lock:
+            now[0] += 1
+            most.append(now[0])
+        time.sleep(.01)
+        photo = read(path, size)
+        with lock:
+            now[0] -= 1
+        return photo
+    monkeypatch.setattr(data, "read_photo", counted)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    Photos.from_folder(folder(tmp_path, 40), 16, "train")
+    assert 1 < max(most) <= data.READERS
+
+
+def test_too_small_a_memory_is_no_bad_photo(tmp_path, monkeypatch):
+    def full(path, size):
+        raise MemoryError
+    monkeypatch.setattr(data, "read_photo", full)
+    with pytest.raises(MemoryError):
+        Photos.from_folder(folder(tmp_path, 5), 16, "train")
+
+
+def test_a_set_of_photos_is_told_from_others(tmp_path):
+    def found():
+        return Photos.from_folder(tmp_path, 16, "train").digest()
+    folder(tmp_path, 25)
+    was = found()
+    assert found() == was and was["number"] == 23
+    (tmp_path / "000.png").touch()                  # its time alone
+    assert found() == was
+
+    def changed(now):
+        return [name for name in was if now[name] != was[name]]
+    Image.new("L", (16, 16), 77).save(tmp_path / "003.png")
+    assert changed(found()) == ["pixels"]           # of as many bytes, and the same name
+    Image.new("L", (16, 16), 3).save(tmp_path / "003.png")
+    (tmp_path / "003.png").rename(tmp_path / "003a.png")
+    assert changed(found()) == ["names"]
+    (tmp_path / "003a.png").unlink()
+    assert changed(found()) == ["number", "names", "pixels"]
 
 
 def test_drawn_faces_held_out_do_not_depend_on_the_seed():

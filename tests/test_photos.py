@@ -1,8 +1,13 @@
 """Every kind of picture, as other programs write and read it, and every kind of folder."""
+import os
+import struct
+import warnings
+
 import numpy as np
 import pytest
+import tifffile
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from common import gradient
 from support import photos
@@ -72,6 +77,125 @@ def test_16_bit_grey_keeps_its_values(tmp_path):
     assert abs(read(tmp_path / "grey.png") - (grey / 257)[..., None]).max() <= 1
 
 
+WEDGE = np.linspace(0, 1, 64 * 64).reshape(64, 64)       # every grey from black to white
+
+
+@pytest.mark.parametrize("top, kind, white", [
+    (255, "<u1", "minisblack"), (255, "<u1", "miniswhite"), (65535, "<u2", "minisblack"),
+    (65535, "<u2", "miniswhite"), (65535, ">u2", "minisblack"), (1, bool, "minisblack"),
+    (1, bool, "miniswhite")])
+def test_grey_tiffs_of_another_program_are_shown_as_they_are(tmp_path, top, kind, white):
+    grey = np.round(WEDGE * top)
+    stored = grey if white == "minisblack" else top - grey
+    tifffile.imwrite(tmp_path / "a.tif", stored.astype(kind), photometric=white,
+                     byteorder=">" if kind == ">u2" else "<")
+    assert abs(read(tmp_path / "a.tif") - (grey / top * 255)[..., None]).max() <= .501
+
+
+def test_12_bits_are_not_read_as_16(tmp_path):
+    """A TIFF by hand, because tifffile needs a further package: two numbers in three bytes."""
+    a, b = (np.round(WEDGE * 4095).astype(int).reshape(-1, 2)).T
+    bits = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 1).astype(np.uint8).tobytes()
+    tags = [(256, 64), (257, 64), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 64),
+            (279, len(bits))]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<I", 8 + len(bits)) + bits
+                                     + struct.pack("<H", len(tags)) + directory + bytes(4))
+    assert abs(read(tmp_path / "a.tif") - WEDGE[..., None] * 255).max() <= 1
+
+
+@pytest.mark.parametrize("top, kind", [(1, "f4"), (127, "i1"), (32767, "i2"), (2 ** 31 - 1, "i4"),
+                                       (2 ** 32 - 1, "u4"), (1, "f2"), (1, "f8"), (2 ** 63, "u8")])
+@pytest.mark.parametrize("white", ["minisblack", "miniswhite"])
+def test_numbers_without_a_known_white_are_refused(tmp_path, top, kind, white):
+    tifffile.imwrite(tmp_path / "a.tif", (WEDGE * top).astype(kind), photometric=white)
+    with pytest.raises(UserError, match="a.tif: cannot be read as a photo .(signed|cannot ident)"):
+        read(tmp_path / "a.tif")
+
+
+def test_grey_maps_of_16_bits_are_read_and_those_of_fractions_refused(tmp_path):
+    for top in (4095, 65535):
+        (tmp_path / "a.pgm").write_bytes(b"P5 64 64 %d\n" % top
+                                         + np.round(WEDGE * top).astype(">u2").tobytes())
+        assert abs(read(tmp_path / "a.pgm") - WEDGE[..., None] * 255).max() <= 1
+    (tmp_path / "a.pfm").write_bytes(b"Pf\n64 64\n-1.0\n" + WEDGE.astype("<f4").tobytes())
+    with pytest.raises(UserError, match="fractional"):
+        read(tmp_path / "a.pfm")
+
+
+# ---- colours ----
+
+GAMMA = 2.19921875      # 2.2 as a profile stores it, in 1 / 256
+# The colours' XYZ under D50: of sRGB by IEC 61966-2-1 and of Display P3, both adapted by Bradford.
+SRGB = [[.43607, .38515, .14307], [.22249, .71687, .06061], [.01392, .09708, .71410]]
+P3 = [[.51512, .29198, .15710], [.24120, .69225, .06657], [-.00105, .04189, .78407]]
+
+
+def profile(space: bytes, matrix=None, gamma=GAMMA) -> bytes:
+    """An ICC profile (version 2) of these primaries, or of grey, by the specification."""
+    def fixed(*values):
+        return b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"t\0" + bytes(80),
+            b"cprt": b"text" + bytes(4) + b"none\0\0\0\0",
+            b"wtpt": b"XYZ " + bytes(4) + fixed(.9642, 1, .8249)}
+    if matrix is None:
+        tags[b"kTRC"] = curve
+    else:
+        for i, c in enumerate(b"rgb"):
+            tags[bytes([c]) + b"XYZ"] = b"XYZ " + bytes(4) + fixed(*np.array(matrix)[:, i])
+            tags[bytes([c]) + b"TRC"] = curve
+    table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for tag, value in tags.items():
+        value += bytes(-len(value) % 4)
+        table += tag + struct.pack(">II", start + len(body), len(value))
+        body += value
+    head = struct.pack(">I4xI4s4s4s12x4s28x", start + len(body), 0x02400000, b"mntr", space, b"XYZ ",
+                       b"acsp") + fixed(.9642, 1, .8249)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def encoded(linear):
+    """sRGB's curve, IEC 61966-2-1: [0, 1] to 0 .. 255."""
+    linear = np.clip(linear, 0, 1)
+    return 255 * np.where(linear <= .0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - .055)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp"])
+def test_a_profile_of_other_primaries_is_converted(tmp_path, name):
+    colours = 60 + gradient() * .5              # inside sRGB after the conversion
+    stored = Image.fromarray(colours.astype(np.uint8))
+    stored.save(tmp_path / name, icc_profile=profile(b"RGB ", P3), lossless=True)
+    linear = (np.asarray(stored) / 255) ** GAMMA
+    want = encoded(linear @ np.array(P3).T @ np.linalg.inv(SRGB).T)
+    assert abs(want - np.asarray(stored)).max() > 10        # else nothing is tested
+    assert abs(read(tmp_path / name) - want).max() <= 2
+
+
+def test_grey_and_transparency_with_profiles(tmp_path):
+    grey = Image.fromarray((40 + WEDGE * 200).astype(np.uint8))
+    want = encoded((np.asarray(grey) / 255) ** 1.5)[..., None]
+    grey.save(tmp_path / "a.png", icc_profile=profile(b"GRAY", gamma=1.5))
+    assert abs(read(tmp_path / "a.png") - want).max() <= 2
+    grey.convert("LA").save(tmp_path / "b.png", icc_profile=profile(b"GRAY", gamma=1.5))
+    assert abs(read(tmp_path / "b.png") - want).max() <= 2
+    want = encoded((np.asarray(grey) / 255) ** GAMMA)[..., None]
+    grey.save(tmp_path / "c.png", icc_profile=profile(b"RGB ", P3))     # P3's greys are grey
+    assert abs(read(tmp_path / "c.png") - want).max() <= 2
+    clear = Image.new("RGBA", (64, 64), (9, 9, 9, 0))
+    clear.save(tmp_path / "d.png", icc_profile=profile(b"RGB ", P3))
+    assert (read(tmp_path / "d.png") >= 254).all()
+
+
+@pytest.mark.parametrize("icc", [b"damaged", profile(b"RGB ", P3)[:200], profile(b"GRAY")])
+def test_a_damaged_profile_or_one_for_other_pictures_is_refused(tmp_path, icc):
+    Image.fromarray(gradient()).save(tmp_path / "a.png", icc_profile=icc)
+    with pytest.raises(UserError, match="a.png: cannot be read as a photo"):
+        read(tmp_path / "a.png")
+
+
+# ---- shapes and sizes ----
+
 def test_centre_square_is_cut_out(tmp_path):
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, 32:96] = gradient()
@@ -99,12 +223,48 @@ def test_bad_files_are_named(tmp_path):
         photos.read_photo(tmp_path / "missing.png", 32)
 
 
-def test_decompression_bomb_is_a_bad_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    Image.fromarray(gradient()).save(tmp_path / "bomb.png")
-    with pytest.raises(UserError, match="bomb.png"):
-        photos.read_photo(tmp_path / "bomb.png", 32)
+def test_a_huge_picture_is_refused_and_a_huge_jpeg_read_small(tmp_path, monkeypatch):
+    """Without a warning, above twice the limit that Pillow has by itself as well."""
+    huge = Image.new("L", (13500, 13500), 99)
+    huge.save(tmp_path / "a.jpg")
+    huge.crop((0, 0, 9000, 9000)).save(tmp_path / "a.png")
+    huge.resize((64, 64)).save(tmp_path / "b.jpg")
+    with warnings.catch_warnings(action="error"):
+        assert abs(read(tmp_path / "a.jpg", 16) - 99).max() <= 1
+        with pytest.raises(UserError, match="64,000,000 pixels"):
+            read(tmp_path / "a.png", 16)
+        monkeypatch.setattr(photos, "MAX_JPEG", 1000)
+        with pytest.raises(UserError, match="b.jpg: .*1,000 pixels"):
+            read(tmp_path / "b.jpg", 16)
 
+
+@pytest.mark.parametrize("size", [16, 40])
+def test_a_jpeg_that_is_decoded_small_is_that_of_the_whole(tmp_path, size):
+    """skimage decides about the whole picture; its centre is bright, its edge is dark."""
+    y, x = np.mgrid[-1:1:512j, -1.5:1.5:768j]
+    wide = np.stack([255 * np.exp(-x ** 2 - y ** 2), 127 + 120 * x * y / 1.5, 100 + 90 * y], -1)
+    Image.fromarray(wide.round().astype(np.uint8)).save(tmp_path / "a.jpg", quality=98)
+    Image.fromarray(wide.round().astype(np.uint8)).save(tmp_path / "a.png")
+    assert abs(read(tmp_path / "a.jpg", size) - read(tmp_path / "a.png", size)).max() <= 3
+
+
+def test_long_texts_in_a_png_are_no_matter(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    Image.fromarray(gradient()).save(tmp_path / "a.png", pnginfo=text)
+    assert abs(read(tmp_path / "a.png") - gradient()).max() == 0
+
+
+def test_too_small_a_memory_is_no_bad_photo(tmp_path, monkeypatch):
+    def full(*_):
+        raise MemoryError
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    monkeypatch.setattr(photos.ImageOps, "fit", full)
+    with pytest.raises(MemoryError):
+        read(tmp_path / "a.png")
+
+
+# ---- folders ----
 
 def test_folders(tmp_path):
     with pytest.raises(UserError, match="--data .*nowhere: no such folder"):
@@ -118,3 +278,37 @@ def test_folders(tmp_path):
         Image.new("L", (16, 16)).save(tmp_path / name)
     found = [path.relative_to(tmp_path).as_posix() for path in photos.find_photos(tmp_path)]
     assert found == ["C.png", "a.png", "a/z.png", "b.png"]
+
+
+def test_links_are_followed_once(tmp_path):
+    for name in ("all/a.png", "all/deep/b.png", "else/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16)).save(tmp_path / name)
+    links = {"all/link": "else", "all/deep/back": "all", "all/deep/twice": "else",
+             "all/e.png": "else/c.png"}
+    for name, to in links.items():
+        (tmp_path / name).symlink_to(tmp_path / to)
+    found = [path.relative_to(tmp_path / "all").as_posix()
+             for path in photos.find_photos(tmp_path / "all")]
+    assert found == ["a.png", "deep/b.png", "deep/twice/c.png", "e.png"]
+    assert len(photos.find_photos(tmp_path / "all", but=tmp_path / "else")) == 3
+
+
+def test_what_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")            # would be waited for
+    found = photos.find_photos(tmp_path)
+    assert [path.name for path in found] == ["a.png", "gone.png"]
+    with pytest.raises(UserError, match="gone.png: cannot be read"):
+        photos.read_photo(found[1], 16)
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match="closed: cannot be searched .Permission denied"):
+        photos.find_photos(tmp_path)
