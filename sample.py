@@ -31,13 +31,15 @@ SHEET_SIDE = 128        # ours: the least side of each picture in the sheet, in 
 def outputs(source: Path, output: Path) -> dict[Path, Path]:
     """Each input photo and the path of its restoration. Raises UserError if a restoration would
     replace an input or another restoration, or would be restored itself the next time."""
-    source, output = source.resolve(), output.resolve()
+    given, source, output = source.name, source.resolve(), output.resolve()
+    if not (source.is_file() or source.is_dir()):
+        raise UserError(f"--input {source}: no such photo or folder")
     if is_blocked(output):
         raise UserError(f"--output {output}: is a file, or below one; name a folder")
     if source.is_dir() and output.is_relative_to(source):
         raise UserError(f"--output {output}: lies in --input, where the next call would take "
                         "restorations for photos; name a folder outside of it")
-    names = {source: Path(source.name)} if source.is_file() else {
+    names = {source: Path(given)} if source.is_file() else {
         path: path.relative_to(source) for path in find_photos(source, "--input", but=output)}
     plain = {path: name.with_suffix(".png") for path, name in names.items()}    # a.jpg -> a.png
     count = Counter(map(same_file, plain.values()))     # but a.jpg.png if there is an a.tif, too
@@ -84,7 +86,7 @@ def main(args):
     if args.sheet:
         check_sheet(Path(args.sheet), Path(args.input), photos.values(), args.overwrite)
     rest = {path for path, target in photos.items()
-            if args.overwrite or not os.path.exists(target)}    # False, too, for too long a name
+            if args.overwrite or not os.path.isfile(target)}    # False, too, for too long a name
     lines, restored, skipped = [], 0, 0     # of the sheet, two uint8 (3, S, S) each
     for path in tqdm(photos if args.sheet else rest, "restoring", disable=None):
         try:

@@ -29,6 +29,9 @@ def run_main(main):
         if not str(error).startswith("exercise "):     # of a student, see tools/exercises.py
             raise
         sys.exit(f"error: {error}")
+    except BrokenPipeError:         # as by `| head`, which reads no further
+        sys.stdout = None
+        sys.exit("error: the output is cut off")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise

@@ -48,7 +48,7 @@ class Photos:
 
     def digest(self) -> dict[str, int | str]:
         """What tells these photos from any others, in words for `checkpoint.check_resume`."""
-        names = "\n".join(self.names).encode("utf-8", "surrogateescape")
+        names = "\n".join(self.names).encode("utf-8", "surrogatepass")
         return {"number": len(self), "names": hashlib.sha256(names).hexdigest(),
                 "pixels": hashlib.sha256(self.images.numpy()).hexdigest()}
 

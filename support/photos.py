@@ -94,7 +94,10 @@ def to_8_bits(im: Image.Image) -> Image.Image:
     table = (np.arange(top + 1) * 255 / top).round().astype(np.uint8)
     if tags.get(262) == WHITE_IS_ZERO:
         table = table[::-1]
-    return Image.fromarray(table[np.asarray(im)])
+    grey = Image.fromarray(table[np.asarray(im)])
+    if "transparency" in im.info:       # the grey of a PNG that stands for nothing
+        grey.putalpha(Image.fromarray(np.uint8(np.asarray(im) != im.info["transparency"]) * 255))
+    return grey
 
 
 def to_srgb(im: Image.Image, profile: bytes) -> Image.Image:

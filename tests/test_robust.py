@@ -32,7 +32,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
     command = [sys.executable, ROOT / "train.py", "--mode", "sft", "--out", tmp_path / "sft",
                "--faces", "24", *SMALL, "--every", "100000", "--steps", "100000"]
     child = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
-                             cwd=tmp_path, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+                             cwd=tmp_path, stderr=subprocess.PIPE,
+                             env=os.environ | {"PYTHONUNBUFFERED": "1"})
     assert "from step 0 to" in child.stdout.readline()
     time.sleep(0.5)
     child.send_signal(number)
@@ -322,6 +323,14 @@ def test_a_terminal_without_the_sign_shows_another(monkeypatch):
         assert stdout.buffer.getvalue().decode(encoding) == want
     monkeypatch.setattr(sys, "stdout", io.StringIO())       # as a notebook's, without an encoding
     run_main(lambda: print("1 ±2"))
+
+
+def test_a_reader_that_stops_reading_is_no_bug(tmp_path):
+    code = "import support.cli as c; c.run_main(lambda: [print('x' * 999) for _ in range(999)])"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path,
+                             stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    child.stdout.close()
+    assert child.stderr.read() == b"error: the output is cut off\n" and child.wait() == 1
 
 
 def test_a_single_image_has_no_error(runs, tmp_path, capsys):
