@@ -4,14 +4,14 @@
 
 A photo of any size is cut to its centre square and resized to the model's size. The result is
 written at that size, as a PNG of the same name (a.jpg becomes a.png). One that is there already is
-kept, so that a stopped command can be given again. The network was trained on
-faces that fill the picture, so crop to the head first. The noise of each photo is drawn from --seed
-again, so its result does not depend on the others. --sheet writes all pairs in one picture.
+kept, so that a stopped command can be given again. No photo is replaced, and none shares its result
+with another. The network was trained on faces that fill the picture, so crop to the head first. The
+noise of each photo is drawn from --seed again, so its result does not depend on the others. --sheet
+writes all pairs in one picture.
 """
 import argparse
 import os
 import sys
-import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -45,31 +45,28 @@ def outputs(source: Path, output: Path) -> dict[Path, Path]:
     count = Counter(map(same_file, plain.values()))     # but a.jpg.png if there is an a.tif, too
     targets = {path: output / (name if count[same_file(name)] == 1 else f"{names[path]}.png")
                for path, name in plain.items()}
-    photos = {same_file(path.resolve()) for path in names}
     taken = {same_file(target): path for path, target in targets.items()}
+    taken |= {same_file(path.resolve()): "a photo" for path in names}
     for path, target in targets.items():
-        if same_file(target) in photos:
-            raise UserError(f"--output {output}: would replace the photo {target}; choose another "
-                            "folder")
         for place in (target, *target.parents):     # a.jpg, and b.jpg in a folder a.png
             other = taken.get(same_file(place), path)
             if other != path:
-                raise UserError(f"--input: {path} and {other} both need {place}; rename one")
+                raise UserError(f"--output {output}: {path} needs {place}, which is that of {other}"
+                                "; choose another folder, or rename one")
     return targets
 
 
 def same_file(path: Path) -> str:
     """A name that two paths share if some system takes them for one: upper case is lower case."""
-    return unicodedata.normalize("NFC", path.as_posix()).casefold()
+    return path.as_posix().casefold()
 
 
 def check_sheet(path: Path, source: Path, targets, overwrite: bool):
     """Raises UserError if the sheet cannot be written to `path`, or would be taken for a photo of
     `source` or one of the restorations `targets`."""
-    if path.suffix.lower() != ".png" or is_blocked(path.parent):
-        raise UserError(f"--sheet {path}: name a .png file in a folder")
-    if path.resolve() in targets or path.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--sheet {path}: is among the photos or restorations; name another file")
+    if (path.suffix.lower() != ".png" or is_blocked(path.parent) or path.resolve() in targets
+            or path.resolve().is_relative_to(source.resolve())):
+        raise UserError(f"--sheet {path}: name a .png file beside the photos and restorations")
     if path.exists() and not overwrite:
         raise UserError(f"--sheet {path}: is there already; choose another name, or --overwrite")
 
@@ -85,8 +82,8 @@ def main(args):
     photos = outputs(Path(args.input), Path(args.output))
     if args.sheet:
         check_sheet(Path(args.sheet), Path(args.input), photos.values(), args.overwrite)
-    rest = {path for path, target in photos.items()
-            if args.overwrite or not os.path.isfile(target)}    # False, too, for too long a name
+    rest = {path: target for path, target in photos.items()     # isfile: False for too long a name
+            if args.overwrite or not os.path.isfile(target)}
     lines, restored, skipped = [], 0, 0     # of the sheet, two uint8 (3, S, S) each
     for path in tqdm(photos if args.sheet else rest, "restoring", disable=None):
         try:
@@ -96,7 +93,7 @@ def main(args):
             print(f"skipped {error}", file=sys.stderr)
             skipped += 1
             continue
-        if path in rest:
+        if path in rest:        # in a stream: only the sheet's small pictures are kept
             x = restore(net, to_float(lq)[None].to(device), K, args.eta, args.seed)
             line.append(to_uint8(x)[0].cpu())
             make_folder(photos[path].parent, "--output")

@@ -8,7 +8,6 @@ folder is kept, so that a run does not go on with others.
 import hashlib
 import os
 import secrets
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,11 +81,9 @@ def locked(folder: Path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"--out {folder}: another run is writing to it; name another --out") \
-                from None
         except OSError as error:        # some shared disks have no locks
-            print(f"--out {folder}: cannot be kept from other runs ({error})", file=sys.stderr)
+            raise UserError(f"--out {folder}: another run is writing to it, or its disk has no "
+                            f"locks ({error.strerror}); name another --out") from None
         for part in folder.glob(".????????.part"):
             part.unlink()
         yield

@@ -72,10 +72,10 @@ class Photos:
             except UserError as error:
                 return error
         with ThreadPoolExecutor(READERS) as pool:
-            tries = tqdm(pool.map(attempt, range(len(files))), "photos", len(files), disable=None)
-            errors = dict(enumerate(tries))
-        good = [i for i, error in errors.items() if error is None]
-        errors = [error for error in errors.values() if error]
+            errors = list(tqdm(pool.map(attempt, range(len(files))), "photos", len(files),
+                               disable=None))
+        good = [i for i, error in enumerate(errors) if error is None]
+        errors = [error for error in errors if error]
         if errors:
             print(f"{folder}: {len(errors)} of {len(files)} {split} photos are left out:",
                   *errors[:10], *["..."] * (len(errors) > 10), sep="\n  ", file=sys.stderr)

@@ -78,13 +78,12 @@ def distances_beyond(rows: dict, points: dict, name: str) -> dict[str, tuple]:
 
 
 def verdict(label: str, name: str, distance: float, error: float | None) -> str:
-    """One sentence. A distance within two standard errors is "on" it; one image does not tell."""
-    if error is None:
-        return (f"{label}: {distance:+.4f} in {name} from the sampler's frontier, which may be by "
-                "chance: it is a single image")
-    place = "on" if abs(distance) <= 2 * error else "beyond" if distance > 0 else "behind"
-    return (f"{label} lies {place} the sampler's frontier: {distance:+.4f} ± {error:.4f} in {name} "
-            "(above 0 is better) against the sampler at the same PSNR, or the nearest it reaches")
+    """One sentence. A distance within two standard errors, or without an error, is "on" it."""
+    near = error is None or abs(distance) <= 2 * error
+    place = "on" if near else "beyond" if distance > 0 else "behind"
+    value = f"{distance:+.4f} ± " + ("unknown" if error is None else f"{error:.4f}")
+    return (f"{label} lies {place} the sampler's frontier: {value} in {name} (above 0 is better) "
+            "against the sampler at the same PSNR, or the nearest it reaches")
 
 
 def draw_frontier(path, rows: dict, points: dict, names: list[str], first: str):

@@ -5,6 +5,7 @@ Paper    DiffusionReward (Wu et al. 2025, arXiv 2505.17910): people label some p
 Departs  The metrics are ours (`frm.metric_vector`). With `--labels svm` no person is needed: pairs
          of known order train the SVM.
 """
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def read_labels(path, size: int):
     UserError if the file cannot be used."""
     try:
         rows, named = read_table(path)
-    except ValueError as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--labels {path}: known, svm, or a readable CSV file ({error})") from None
     if not {*COLUMNS[:3]} <= {*named}:
         raise UserError(f"--labels {path}: the first line must name {', '.join(COLUMNS[:3])}")

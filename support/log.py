@@ -33,7 +33,7 @@ class Log:
                 rows, _ = read_table(path)
                 [float(cell) for row in rows for cell in row.values() if cell]
                 self.rows = [row for row in rows if int(row["step"]) <= start]
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, csv.Error) as error:
                 raise UserError(f"{path}: not as the run wrote it ({error}); delete it, and the "
                                 "run goes on with a new one") from None
 

@@ -17,10 +17,8 @@ from torch import Tensor
 from support.cli import UserError
 
 MAX_PIXELS = 64_000_000     # ours: 8,000 x 8,000, which takes less than 1 GB to read
-MAX_JPEG = 4 * MAX_PIXELS   # ours: phones make 200 million; a JPEG is read at a smaller size
-Image.MAX_IMAGE_PIXELS = MAX_JPEG   # Pillow warns above it, and refuses twice as many unread
+Image.MAX_IMAGE_PIXELS = 4 * MAX_PIXELS     # Pillow refuses twice that; its own is too low for JPEG
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY      # texts need not fit in 1 MB
-UNSIGNED, WHITE_IS_ZERO = 1, 0      # TIFF's SampleFormat (tag 339) and photometric (tag 262)
 
 
 def find_photos(folder, flag="--data", but=None) -> list[Path]:
@@ -39,8 +37,8 @@ def find_photos(folder, flag="--data", but=None) -> list[Path]:
         new = os.path.realpath(place) not in seen
         seen.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if new and name[0] != ".")
-        files += [Path(place, name) for name in names if new and name[0] != "."]
-    files = [path for path in files if path.is_file() or path.is_symlink()]     # no pipes
+        files += [path for name in names if new and name[0] != "." for path in [Path(place, name)]
+                  if path.is_file() or path.is_symlink()]       # no pipe, but a broken link
     photos = [path for path in files if path.suffix.lower() in known]
     other = Counter(path.suffix for path in files if path.suffix.lower() not in known)
     if other:
@@ -57,22 +55,19 @@ def read_photo(path, size: int) -> Tensor:
     where that leaves four times `size`. Raises UserError if it cannot be read."""
     try:
         with Image.open(path) as im:
-            limit = MAX_JPEG if im.format in ("JPEG", "MPO") else MAX_PIXELS
-            if im.width * im.height > limit:
-                raise ValueError(f"more than {limit:,} pixels")
-            im.draft("RGB", (4 * size, 4 * size))
+            im.draft("RGB", (4 * size, 4 * size))       # of a JPEG only
+            if im.width * im.height > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_PIXELS:,} pixels")
             profile = im.info.get("icc_profile")
             ImageOps.exif_transpose(im, in_place=True)      # first: convert() may lose the EXIF tag
             im = to_8_bits(im)
-            grey = im.mode in ("1", "L", "LA")
-            if im.has_transparency_data:
-                im = im.convert("RGBA")
-            elif im.mode not in ("L", "CMYK"):
-                im = im.convert("RGB")
+            grey = "L" if im.mode in ("1", "L", "LA") else "RGB"
+            im = im.convert("RGBA" if im.has_transparency_data else
+                            "CMYK" if im.mode == "CMYK" else grey)
             im = ImageOps.fit(im, (size, size), Image.Resampling.LANCZOS)
             if im.mode == "RGBA":
-                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-                im = im.convert("L" if grey else "RGB")
+                white = Image.new("RGBA", im.size, "white")
+                im = Image.alpha_composite(white, im).convert(grey)
             im = to_srgb(im, profile) if profile else im.convert("RGB")
     except MemoryError:
         raise
@@ -82,22 +77,18 @@ def read_photo(path, size: int) -> Tensor:
 
 
 def to_8_bits(im: Image.Image) -> Image.Image:
-    """A picture of more than 8 bits as one of 8, any other as it is. Raises ValueError for numbers
+    """A picture of 12 or 16 bits as one of 8, and any other as it is. Raises ValueError for numbers
     whose black and white are not known: signed, of 32 bits, or not whole."""
-    tags = getattr(im, "tag_v2", {})        # of a TIFF
-    wide = im.mode == "I" and im.format not in ("PNG", "PPM")       # these two have 16 bits there
-    if im.mode == "F" or wide or {*tags.get(339, [UNSIGNED])} != {UNSIGNED}:
-        raise ValueError("signed, 32-bit or fractional numbers; save it with 8 or 16 bits")
+    tags = getattr(im, "tag_v2", {})        # of a TIFF: 339 SampleFormat, 258 bits, 262 photometric
+    wide = im.mode == "F" or im.mode == "I" and im.format not in ("PNG", "PPM")
+    if wide or set(tags.get(339, [1])) != {1} or im.mode[0] == "I" and "transparency" in im.info:
+        raise ValueError("signed, 32-bit or fractional numbers, or 16 bits with transparency")
     if im.mode[0] != "I":
         return im
-    top = 2 ** tags.get(258, [16])[0] - 1       # BitsPerSample: 16, or 12
+    top = 2 ** tags.get(258, [16])[0] - 1
     table = (np.arange(top + 1) * 255 / top).round().astype(np.uint8)
-    if tags.get(262) == WHITE_IS_ZERO:
-        table = table[::-1]
-    grey = Image.fromarray(table[np.asarray(im)])
-    if "transparency" in im.info:       # the grey of a PNG that stands for nothing
-        grey.putalpha(Image.fromarray(np.uint8(np.asarray(im) != im.info["transparency"]) * 255))
-    return grey
+    step = -1 if tags.get(262) == 0 else 1      # 0: white is zero
+    return Image.fromarray(table[::step][np.asarray(im)])
 
 
 def to_srgb(im: Image.Image, profile: bytes) -> Image.Image:

@@ -79,7 +79,7 @@ def test_16_bit_grey_keeps_its_values(tmp_path):
     assert abs(read(tmp_path / "grey.png") - (grey / 257)[..., None]).max() <= 1
 
 
-def test_a_transparent_16_bit_grey_is_white(tmp_path):
+def test_a_transparent_16_bit_grey_is_refused(tmp_path):
     """Pillow cannot write such a PNG: its chunk is put in by hand."""
     grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
     Image.fromarray(grey).save(tmp_path / "a.png")
@@ -87,8 +87,8 @@ def test_a_transparent_16_bit_grey_is_white(tmp_path):
     before = png.index(b"IDAT") - 4
     (tmp_path / "a.png").write_bytes(png[:before] + struct.pack(">I", 2) + key
                                      + struct.pack(">I", zlib.crc32(key)) + png[before:])
-    want = np.where(grey == grey[9, 9], 255, grey / 257)
-    assert abs(read(tmp_path / "a.png") - want[..., None]).max() <= 1
+    with pytest.raises(UserError, match="16 bits with transparency"):
+        read(tmp_path / "a.png")
 
 
 WEDGE = np.linspace(0, 1, 64 * 64).reshape(64, 64)       # every grey from black to white
@@ -237,19 +237,15 @@ def test_bad_files_are_named(tmp_path):
         photos.read_photo(tmp_path / "missing.png", 32)
 
 
-def test_a_huge_picture_is_refused_and_a_huge_jpeg_read_small(tmp_path, monkeypatch):
+def test_a_huge_picture_is_refused_and_a_huge_jpeg_read_small(tmp_path):
     """Without a warning, above twice the limit that Pillow has by itself as well."""
     huge = Image.new("L", (13500, 13500), 99)
     huge.save(tmp_path / "a.jpg")
     huge.crop((0, 0, 9000, 9000)).save(tmp_path / "a.png")
-    huge.resize((64, 64)).save(tmp_path / "b.jpg")
     with warnings.catch_warnings(action="error"):
         assert abs(read(tmp_path / "a.jpg", 16) - 99).max() <= 1
         with pytest.raises(UserError, match="64,000,000 pixels"):
             read(tmp_path / "a.png", 16)
-        monkeypatch.setattr(photos, "MAX_JPEG", 1000)
-        with pytest.raises(UserError, match="b.jpg: .*1,000 pixels"):
-            read(tmp_path / "b.jpg", 16)
 
 
 @pytest.mark.parametrize("size", [16, 40])
