@@ -27,8 +27,8 @@ from rewards import LPIPS, parse_rewards
 from settings import (METHODS, SHIPPED, build, fields_of, frm_digest, frm_path, method_values,
                       network, parse, resolve, reward_of)
 from sft import EMA, SFTSettings
-from support.checkpoint import (check_folder, check_resume, load_run, locked, pick_device,
-                                replacing, restore_run, run_state, save)
+from support.checkpoint import (check_folder, check_photos, check_resume, load_run, locked,
+                                pick_device, replacing, restore_run, run_state, save)
 from support.cli import RewardFiles, StopSignal, UserError, make_folder, run_main, settings_fields
 from support.data import Photos, loader
 from support.distributed import alone, check_batch, is_first, join, maximum, place, wait
@@ -62,6 +62,9 @@ def train_here(run):
         if saved["step"] >= run.steps:
             return print(f"{run.mode}: {out} is finished; with a higher --steps it goes on")
     photos = Photos.load(run.data, run.size, "train", run.faces, run.seed, run.workers)
+    identity = photos.digest() if run.data else None
+    if saved:
+        check_photos(saved, run, identity)
     with FlopCounterMode(display=False) as counted:     # frm restores pairs
         method, validate = build(run, net, device, generator, photos)
     entry = METHODS[run.mode]
@@ -71,7 +74,8 @@ def train_here(run):
     metrics, _ = validate(ema.net)          # before the first step, and before anything is written
 
     def state(done, best, finished, tflop=0.0):
-        return run_state(vars(run), method, ema, generator, done, best, bool(finished), frm, tflop)
+        return run_state(vars(run), method, ema, generator, done, best, bool(finished), frm, tflop,
+                         identity)
     with locked(make_folder(out)) if is_first() else nullcontext(), StopSignal() as signal:
         if is_first():
             prepare(out, run, method.net, state(0, best, False))

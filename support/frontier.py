@@ -38,13 +38,13 @@ def cross(a, b, c) -> float:
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
 
 
-def beyond(method: torch.Tensor, samplers: torch.Tensor) -> tuple[float, float]:
+def beyond(method: torch.Tensor, samplers: torch.Tensor) -> tuple[float, float | None]:
     """How far a method lies above the hull of the samplers at its own PSNR, and the standard error.
 
     method (N, 2) and samplers (S, N, 2) hold (PSNR, quality) of the same N images, quality higher
     better. Outside the hull's PSNR the nearer end is the comparison (a method to the right of the
     hull is more faithful than any sampler, whatever the distance). The error is that of the mean
-    over the images of the vertical distance, to first order in the two means.
+    over the images of the vertical distance, to first order in the two means; None for one image.
     """
     means = samplers.mean(dim=1)                                        # (S, 2)
     corners = hull([tuple(p) for p in means.tolist()])
@@ -59,7 +59,7 @@ def beyond(method: torch.Tensor, samplers: torch.Tensor) -> tuple[float, float]:
         w, slope = (p - xa) / (xb - xa), (yb - ya) / (xb - xa)
         d = method - (samplers[ends[0]] * (1 - w) + samplers[ends[1]] * w)      # (N, 2)
         d = d[:, 1] - slope * d[:, 0]
-    return d.mean().item(), standard_error(d)
+    return d.mean().item(), standard_error(d) if len(d) > 1 else None       # nan is no JSON
 
 
 def sampler_points(measured, Ks, eta: float) -> dict[tuple, dict]:
@@ -75,18 +75,20 @@ def sign(name: str) -> int:
     return -1 if name.startswith("lpips") else 1
 
 
-def distances_beyond(rows: dict, points: dict, name: str) -> dict[str, tuple[float, float]]:
+def distances_beyond(rows: dict, points: dict, name: str) -> dict[str, tuple]:
     """For each row, `beyond` in the plane of PSNR and `name`: {label: (distance, error)}."""
     plane = lambda row: torch.stack([row["psnr"], row[name] * sign(name)], 1)
     samplers = torch.stack([plane(row) for row in points.values()])         # (S, N, 2)
     return {label: beyond(plane(row), samplers) for label, row in rows.items()}
 
 
-def verdict(label: str, name: str, distance: float, error: float) -> str:
+def verdict(label: str, name: str, distance: float, error: float | None) -> str:
     """One sentence. A distance within two standard errors, or without an error, is "on" it."""
-    place = "on" if not abs(distance) > 2 * error else "beyond" if distance > 0 else "behind"
-    return (f"{label} lies {place} the sampler's frontier: {distance:+.4f} ± {error:.4f} in {name} "
-            "(above 0 is better) against the sampler at the same PSNR, or the nearest it reaches")
+    near = error is None or abs(distance) <= 2 * error
+    place = "on" if near else "beyond" if distance > 0 else "behind"
+    value = f"{distance:+.4f} ± " + ("unknown" if error is None else f"{error:.4f}")
+    return (f"{label} lies {place} the sampler's frontier: {value} in {name} (above 0 is better) "
+            "against the sampler at the same PSNR, or the nearest it reaches")
 
 
 def draw_frontier(path, rows: dict, points: dict, names: list[str], first: str):

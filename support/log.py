@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.checkpoint import replacing
+from support.cli import UserError, read_table
 from support.distributed import gather
 
 
@@ -25,11 +26,17 @@ class Log:
     that the checkpoint counts; later rows are dropped when a run goes on."""
 
     def __init__(self, path: Path, start: float = math.inf):
-        """Reads the rows up to step `start` of a run that goes on; none for start = 0."""
+        """Reads the rows up to step `start` of a run that goes on; none for start = 0. Raises
+        UserError if the file is there, but holds something else than numbers."""
         self.path, self.rows = path, []
         if start and path.exists():
-            with open(path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+            try:
+                rows, _ = read_table(path)
+                [float(cell) for row in rows for cell in row.values() if cell]
+                self.rows = [row for row in rows if int(row["step"]) <= start]
+            except (KeyError, TypeError, ValueError, csv.Error) as error:
+                raise UserError(f"{path}: not as the run wrote it ({error}); delete it, and the "
+                                "run goes on with a new one") from None
 
     def names(self) -> list[str]:
         """Every column, in the order of appearance."""
