@@ -196,6 +196,8 @@ def demo(given: dict):
             own.pop("steps", None)          # --steps is for the methods
         return resolve(mode, own, out=str(out), resume=go_on, **more)
     modes = [*([] if "frm_weights" in given else ["frm"]), *methods]
+    if idle := given.keys() - {name for mode in [*modes, "sft"] for name in fields_of(mode)}:
+        raise UserError(f"--{min(idle)}: none of {', '.join(modes)}, sft has such a flag")
     for mode in [*modes, "sft"]:
         check(run(mode))
     for mode in modes:

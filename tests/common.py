@@ -1,16 +1,47 @@
-"""What the tests of whole runs share: a tiny network, tiny presets, and the comparison of runs."""
+"""What tests share: noise and a tiny network, runs of tiny presets, and the comparison of runs."""
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-import build
 import settings
 import train
+from model import Config, UNet
 
-SMALL = ["--size", "16", "--channels", "8", "--mults", "1,2", "--batch_size", "4",
-         "--device", "cpu", "--ddim_steps", "3", "--every", "3"]
+SMALL = ["--batch_size", "4", "--device", "cpu", "--ddim_steps", "3", "--every", "3"]
+
+
+def noise(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(seed, n=2):
+    """(lq, gt), each (n, 3, 16, 16) in [-1, 1]."""
+    return tuple(noise(seed + i, n, 3, 16, 16).clamp(-1, 1) for i in (1, 2))
+
+
+def tiny_net(seed=0):
+    """A network of 16 px that answers something, which a fresh one does not."""
+    torch.manual_seed(seed)
+    net = UNet(Config(size=16, channels=8, mults=(1, 2), patch=2))
+    torch.nn.init.normal_(net.head[-1].weight, std=0.05)
+    return net
+
+
+def parameters(net):
+    return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
+
+
+class Reward:
+    """A reward of one term for networks too small to restore anything: (B,) from score(x, gt)."""
+
+    def __init__(self, score=lambda x, gt: x.mean(dim=(1, 2, 3)), **terms):
+        self.score, self.terms = score, terms
+
+    def __call__(self, x, gt):
+        r = self.score(x, gt)
+        return r, {"score": r}
 
 
 def run(mode, out, *more, steps=3):
@@ -19,19 +50,15 @@ def run(mode, out, *more, steps=3):
 
 
 @contextmanager
-def small_presets():
-    """Data sets, rollouts and measurements as small as they come."""
+def small_presets(rewards="offline"):
+    """Networks, data sets, rollouts and measurements as small as they come."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "VALIDATION", 8)
-        patch.setattr(build, "RESTORED_PAIRS", 8)
-        patch.setitem(settings.PRESETS, "tiny", quick_preset("offline"))
+        patch.setattr(settings, "VALIDATION", 8)
+        patch.setattr(settings, "RESTORED_PAIRS", 8)
+        patch.setitem(settings.PRESETS, "tiny", dict(
+            size=16, channels=8, mults="1,2", faces=24, steps=3, batch_size=4, every=3, group=2,
+            rewards=rewards))
         yield
-
-
-def quick_preset(rewards):
-    tiny = settings.PRESETS["tiny"] | {"group": 2, "faces": 24, "rewards": rewards}
-    return {name: value | {"steps": 3, "batch_size": 4, "every": 3} if isinstance(value, dict)
-            else value for name, value in tiny.items()}
 
 
 def same(a, b, where=""):

@@ -3,16 +3,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from model import Config, Diffusion, UNet, gaussian, load_restorer
+from common import noise
+from model import Config, Diffusion, UNet, load_restorer
 from sft import EMA
 from support.checkpoint import ARGUMENTS, VERSION, load_tensors, pick_device, save
 from support.cli import UserError
 
 TINY = dict(size=16, channels=8, mults=(1, 2), patch=2)
-
-
-def noise(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.8, 1.0])
@@ -171,9 +168,3 @@ def test_checkpoint_files(tmp_path):
             load_restorer(text)
     with pytest.raises(UserError, match="--device nonsense"):
         pick_device("nonsense")
-
-
-def test_noise_is_drawn_from_the_generator_alone():
-    like = torch.zeros(2, 3)
-    a, b = (gaussian(like, torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(a, b) and torch.equal(a, noise(5, 2, 3))

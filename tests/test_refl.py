@@ -2,43 +2,33 @@
 import pytest
 import torch
 
+from common import noise, parameters, pictures, tiny_net
 from frm import FaceRewardModel
-from model import Config, Diffusion, ResBlock, UNet
+from model import Diffusion, ResBlock
 from refl import ReFL, ReFLSettings, feature_distance, structure_loss, weight_distance
-from rewards import CompositeReward, ssim
+from rewards import CompositeReward
 from support.cli import UserError
 
-
-def noise(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+BATCH = pictures(0)
 
 
-class Reward:
+class Exact:
     """As CompositeReward, in the precision of its input (that one is float32 by contract)."""
 
-    def __init__(self, face):
-        self.weights, self.terms = {"face": 0.7, "ssim": 0.3}, {"face": face, "ssim": ssim}
+    def __init__(self, reward):
+        self.weights, self.terms = reward.weights, reward.terms
 
     def __call__(self, x, gt):
         parts = {name: term(x, gt) for name, term in self.terms.items()}
         return sum(w * parts[name] for name, w in self.weights.items()), parts
 
 
-def make(seed=0, reward=None, **changes):
-    torch.manual_seed(seed)
-    net = UNet(Config(size=16, channels=8, mults=(1, 2), patch=2))
-    torch.nn.init.normal_(net.head[-1].weight, std=0.05)
-    face = FaceRewardModel().requires_grad_(False)
-    return ReFL(net, Diffusion(net.config), reward or Reward(face),
-                torch.Generator().manual_seed(seed),
+def make(reward=None, **changes):
+    net = tiny_net()
+    reward = reward or CompositeReward({"face": 0.7, "ssim": 0.3},
+                                       face=FaceRewardModel().requires_grad_(False))
+    return ReFL(net, Diffusion(net.config), reward, torch.Generator().manual_seed(0),
                 ReFLSettings(**dict(ddim_steps=4, lr=1e-3, denoise_weight=0.0) | changes))
-
-
-BATCH = (noise(1, 2, 3, 16, 16).clamp(-1, 1), noise(2, 2, 3, 16, 16).clamp(-1, 1))
-
-
-def parameters(net):
-    return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
 
 
 @pytest.mark.parametrize("reg", ["features", "weights"])
@@ -47,6 +37,7 @@ def test_the_gradient_of_each_loss_is_its_finite_difference(reg):
     lq, gt, x = (u.double() for u in (*BATCH, noise(3, 2, 3, 16, 16)))
     for net in (refl.net, refl.frozen, refl.frm):
         net.double()
+    refl.reward = Exact(refl.reward)
     g = torch.Generator().manual_seed(4)
     with torch.no_grad():           # away from the frozen copy, where the distance is not flat
         for p in refl.net.parameters():
@@ -144,7 +135,7 @@ def test_each_switch_changes_the_update_and_not_the_roll(change):
 
 def test_the_reward_rises_and_the_judge_stays():
     face = FaceRewardModel().requires_grad_(False)
-    reward = CompositeReward({"face": 1.0}, face)
+    reward = CompositeReward({"face": 1.0}, face=face)
     refl, before = make(reward=reward, frm_update_every=2, frm_lr=1e-3), parameters(face)
     history = [refl.step(BATCH) for _ in range(8)]
     assert torch.equal(before, parameters(face))            # the reward that judges is not moved

@@ -1,11 +1,11 @@
 """The commands as a user gives them, on networks and data sets as small as they come."""
-import argparse
 import csv
 import json
 import os
 import subprocess
 import sys
 import urllib.error
+from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
@@ -13,15 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-import build
 import evaluate
 import sample
 import settings
 import train
-from common import SMALL, quick_preset, run, same
-from frm import FaceRewardModel
-from rewards import CompositeReward
-from support.cli import UserError, settings_fields
+from common import SMALL, Reward, run, same, tiny_net
+from lrpo import LRPO
+from model import Diffusion
+from rewards import REWARDS_HELP
+from settings import METHODS, Method
+from support.cli import UserError, setting, settings_fields
+from support.distributed import gaussian
+from support.log import to_floats
 from tools import label_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -68,45 +71,128 @@ def test_a_face_reward_model_of_another_size_is_refused(runs, tmp_path):
     run("sft", tmp_path / "sft", "--size", "32")
     for mode in ("lrpo", "refl", "darl"):
         with pytest.raises(UserError, match="trained on 16 px, not 32 px"):
-            run(mode, tmp_path / mode, "--size", "32", "--frm_weights",
-                str(runs / "frm" / "last.pt"))
+            run(mode, tmp_path / mode, "--frm_weights", str(runs / "frm" / "last.pt"))
         assert not (tmp_path / mode).exists()
 
 
-def method_of(mode, given, monkeypatch):
-    """The method that train.py builds from these flags."""
+def method_of(mode, given):
+    """The method that train.py makes from these flags."""
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    run = settings.resolve(mode, settings.parse(["--mode", mode, *flags, *SMALL[:6]]))
-    net = build.network(argparse.Namespace(**vars(run) | {"mode": "sft"}), "cpu")
-    reward = CompositeReward({"ssim": 0.5, "face": 0.5}, FaceRewardModel().requires_grad_(False))
-    monkeypatch.setattr(evaluate, "load_reward", lambda *_: reward)
-    return build.build_method(run, net, "cpu", torch.Generator())[0]
+    run = settings.resolve(mode, settings.parse(["--mode", mode, *flags]))
+    values = settings.method_values(run)
+    net = tiny_net()
+    return METHODS[mode].make(net, Diffusion(net.config), Reward(), torch.Generator(), values)
 
 
 @pytest.mark.parametrize("mode", ["lrpo", "refl", "darl"])
-def test_every_setting_has_a_flag_that_reaches_the_method(mode, monkeypatch):
+def test_every_setting_has_a_flag_that_reaches_the_method(mode):
     """Each with a value of its own, none of them the default."""
-    other = {int: 3, float: 0.7, "adv_std": "batch", "noise_level_weights": "off", "blend": "hard",
-             "stepwise": "on", "gt_weight": "auto", "branch": "off", "reg": "weights"}
-    own = settings_fields(settings.method_settings(mode))
+    other = {int: 3, float: 0.7, "rewards": "ssim=1", "adv_std": "batch", "blend": "hard",
+             "noise_level_weights": "off", "stepwise": "on", "gt_weight": "auto",
+             "gt_target": "noised", "reg": "weights"}
+    own = settings_fields(METHODS[mode].settings)
     given = {name: other.get(name, other.get(f.type)) for name, f in own.items()}
     assert all(own[name].default != value for name, value in given.items() if value != "auto")
-    method = method_of(mode, given, monkeypatch)
+    method = method_of(mode, given)
     for name, value in given.items():
         assert getattr(method.settings, name) == value, name
     assert method.optimizer.defaults["lr"] == 0.7
-    if mode == "refl":
-        assert method.frm_optimizer.defaults["lr"] == 0.7
 
 
-def test_the_papers_recipe_is_the_published_settings_but_for_what_is_given(monkeypatch):
+def test_the_papers_recipe_is_the_published_settings_but_for_what_is_given():
     given = {"recipe": "paper", "group": 4, "clip_weights": "CLIP"}
     args = settings.resolve("lrpo", given)
     published = dict(ddim_steps=50, eta=1.0, lr=1e-6, adv_std="batch", gt_weight=0.001, gt_last=5,
-                     steps_per_update=1, updates=1, rewards="paper", lpips_net="vgg", bf16="off")
+                     steps_per_update=1, updates=1, rewards="paper", lpips_net="vgg", bf16="off",
+                     own_steps=0, gt_target="noised")
     assert {name: getattr(args, name) for name in published} == published and args.group == 4
-    method = method_of("lrpo", given, monkeypatch)
-    assert type(method) is build.LRPO and method.settings.gt_last == 5
+    method = method_of("lrpo", given)
+    assert type(method) is LRPO and method.fidelity is None and method.settings.gt_last == 5
+
+
+@dataclass
+class AscentSettings:
+    """A method of ten lines: its settings."""
+    steps: int = setting(3, None, "optimiser steps")
+    batch_size: int = setting(4, None, "images in a step")
+    lr: float = setting(1e-3, None, "learning rate")
+    every: int = setting(3, None, "steps between measurements")
+    rewards: str = setting("ssim=1", None, REWARDS_HELP)
+    power: float = setting(1.0, None, "a flag of its own")
+
+
+class Ascent:
+    """Follows the gradient of the reward of the very first guess, from noise alone."""
+
+    def __init__(self, net, diffusion, reward, generator, settings):
+        self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
+        self.optimizer, self.power = torch.optim.SGD(net.parameters(), settings.lr), settings.power
+
+    def step(self, batch):
+        lq, gt = batch
+        x, t = gaussian(gt, self.generator), self.diffusion.T - 1
+        _, _, x0_hat = self.diffusion.ddim_step(self.net, x, lq, t, -1, eta=0)
+        reward, _ = self.reward(x0_hat, gt)
+        self.optimizer.zero_grad()
+        (-self.power * reward.mean()).backward()
+        self.optimizer.step()
+        return to_floats({"reward": reward.mean().detach()})
+
+
+def test_a_new_method_needs_its_class_its_settings_and_one_entry(runs, tmp_path, monkeypatch,
+                                                                   capsys):
+    monkeypatch.setitem(METHODS, "ascent", Method(Ascent, AscentSettings, ema=0.9, warmup=1))
+    flags = ["--init", str(runs / "sft" / "last.pt"), "--power", "2"]
+    whole = run("ascent", tmp_path / "whole", *flags, steps=4)
+    run("ascent", tmp_path / "parts", *flags, steps=2)
+    parts = run("ascent", tmp_path / "parts", *flags, "--resume", steps=4)
+    assert whole["args"]["power"] == 2 and whole["args"]["rewards"] == "offline"    # the preset's
+    same(*(state | {"args": None} for state in (whole, parts)))
+    with open(tmp_path / "whole" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 and float(rows[-1]["heldout_r_ssim"])
+    evaluate.compare(evaluate.parser().parse_args(
+        ["--ckpt", flags[1], str(tmp_path / "whole" / "last.pt"), "--n", "4", "--device", "cpu",
+         "--rewards", "ssim=1", "--out", str(tmp_path / "e")]))
+    assert "| whole |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--struct_weight: --mode ascent has no such flag"):
+        settings.parse(["--mode", "ascent", "--struct_weight", "1"])
+    assert settings.parse(["--mode", "demo", "--methods", "ascent"])["methods"] == ["ascent"]
+
+
+# The arguments that an earlier program wrote in every mode, and no longer does in all of them.
+OLD = dict(frm_weights=None, lpips_net="squeeze", lpips_weights=None, clip_weights=None, init=None,
+           rewards="default", channels=8, mults="1,2", patch=2)
+OLD_LRPO = dict(branch="on", recipe="steered")
+
+
+def older(path, out, **args):
+    """The checkpoint at `path` as that program wrote it."""
+    state = torch.load(path, weights_only=True)
+    state["args"] = {name: value for name, value in (state["args"] | OLD | args).items()
+                     if name not in ("own_steps", "gt_target")}
+    out.parent.mkdir(parents=True)
+    torch.save(state | {"version": 2}, out)
+    return str(out)
+
+
+def test_checkpoints_of_an_older_program(runs, tmp_path, capsys):
+    sft = older(runs / "sft" / "last.pt", tmp_path / "sft" / "last.pt")
+    lrpo = older(runs / "lrpo" / "last.pt", tmp_path / "lrpo" / "last.pt", **OLD_LRPO)
+    evaluate.compare(evaluate.parser().parse_args(
+        ["--ckpt", sft, lrpo, str(runs / "lrpo" / "last.pt"), "--n", "4", "--device", "cpu",
+         "--rewards", "ssim=1", "--out", str(tmp_path / "e")]))
+    rows = json.loads((tmp_path / "e" / "metrics.json").read_text())["rows"]
+    assert rows[lrpo] == rows[str(runs / "lrpo" / "last.pt")]
+    Image.new("RGB", (20, 20)).save(tmp_path / "photo.png")
+    sample.main(sample.parser().parse_args(["--ckpt", sft, "--input", str(tmp_path / "photo.png"),
+                                            "--output", str(tmp_path / "restored")]))
+    assert (tmp_path / "restored" / "photo.png").exists()
+    run("refl", tmp_path / "refl", "--rewards", "ssim=1")       # starts from the old sft
+    before = Path(lrpo).read_bytes()
+    with pytest.raises(UserError, match="^--resume: .*--branch on") as raised:
+        run("lrpo", tmp_path / "lrpo", "--resume", "--rewards", "default", steps=6)
+    assert "\n" not in str(raised.value) and Path(lrpo).read_bytes() == before
 
 
 def test_minutes_stop_a_run_early(tmp_path):
@@ -198,8 +284,8 @@ def test_demo_runs_the_whole_story_and_says_that_it_does_without_lpips(tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    monkeypatch.setitem(settings.PRESETS, "tiny", quick_preset("default"))
-    train.main(["--mode", "demo", "--steps", "2", *SMALL, "--methods", "all"])
+    monkeypatch.delitem(settings.PRESETS["tiny"], "rewards")       # each method has its own
+    train.main(["--mode", "demo", "--steps", "2", *SMALL, "--methods", "lrpo", "refl", "darl"])
     out = capsys.readouterr().out
     assert all(f"| {row} |" in out for row in ("LQ", "sft", "sft_longer", "lrpo", "refl", "darl"))
     for name in ("comparison.png", "frontier.png"):
@@ -220,9 +306,6 @@ MISTAKES = {
                                            "lpips=1"], "--lpips_weights"),
     "CLIP-IQA without weights": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "clipiqa=1"],
                                  "--clip_weights FILE, or use --rewards offline"),
-    "CLIP weights that are a checkpoint": (["--mode", "lrpo", "--init", "{sft}", "--rewards",
-                                            "clipiqa=1", "--clip_weights", "{sft}"],
-                                           "not the weights of this CLIP"),
     "labels that are no file": (["--mode", "frm", "--init", "{sft}", "--labels", "yes"],
                                 "--labels yes: known, svm, or"),
     "a restorer for a face reward model": (["--mode", "lrpo", "--init", "{sft}", "--frm_weights",
@@ -230,8 +313,6 @@ MISTAKES = {
     "a folder without photos": (["--mode", "sft", "--data", "{empty}"], "no photo in it"),
     "a missing folder": (["--mode", "sft", "--data", "{empty}/none"], "no such folder"),
     "only unreadable photos": (["--mode", "sft", "--data", "{text}"], "can be read"),
-    "a checkpoint of another size": (["--mode", "lrpo", "--init", "{sft}", "--size", "32"],
-                                     "16 px"),
     "an unknown reward": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "beauty=1"], "beauty"),
     "no sft run": (["--mode", "lrpo"], "run --mode sft first"),
     "nothing to resume": (["--mode", "sft", "--resume"], "--resume"),
@@ -239,12 +320,13 @@ MISTAKES = {
                             "{runs}/lrpo"], "was run with --"),
     "a run that would replace what it starts from": (["--mode", "lrpo", "--out", "{runs}/sft",
                                                       "--overwrite"], "name another --out"),
-    "step-wise rewards with a branch": (["--mode", "darl", "--init", "{sft}", "--stepwise", "on"],
-                                        "--branch off"),
+    "step-wise rewards of one step": (["--mode", "darl", "--init", "{sft}", "--stepwise", "on"],
+                                        "--own_steps 0"),
     "a late step beyond the first": (["--mode", "refl", "--init", "{sft}", "--refl_last", "4"],
                                      "at most --ddim_steps 3"),
-    "difficulty by a missing LPIPS": (["--mode", "darl", "--init", "{sft}", "--lpips_weights",
-                                       "none.pth"], "none.pth: no such file"),
+    "difficulty by a missing LPIPS": (["--mode", "darl", "--init", "{sft}", "--rewards",
+                                       "ssim=1,lpips=0", "--lpips_weights", "none.pth"],
+                                      "none.pth: no such file"),
     "a folder for a checkpoint": (["--mode", "lrpo", "--init", "{runs}/sft"], "not the last.pt"),
     "a negative reward": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "ssim=-1"],
                           "weights of 0 or more"),
@@ -256,13 +338,10 @@ MISTAKES = {
                                   "is a file, or below one"),
     "no reward model to go on from": (["--mode", "frm", "--init", "{sft}", "--frm_weights",
                                        "none.pth"], "none.pth: no such file"),
-    "a margin where nothing is steered": (["--mode", "lrpo", "--init", "{sft}", "--recipe", "paper",
-                                           "--fidelity_margin", ".1"],
-                                          "--fidelity_margin: --mode lrpo --recipe paper has no"),
     "a margin with a fixed weight": (["--mode", "lrpo", "--init", "{sft}", "--gt_weight", "1",
                                       "--fidelity_margin", ".1"], "is not steered"),
     "a weight without effect": (["--mode", "lrpo", "--init", "{sft}", "--noise_level_weights",
-                                 "off"], "give --branch off as well"),
+                                 "off"], "give --own_steps 0 as well"),
     "another network": (["--mode", "sft", "--resume", "--patch", "1", "--out", "{runs}/sft"],
                         "--patch 2, not 1"),
     "a face reward model for a restorer": (["--mode", "lrpo", "--init", "{runs}/frm/last.pt"],
@@ -271,17 +350,17 @@ MISTAKES = {
     "a size that no network fits": (["--mode", "sft", "--size", "30"], "multiple of"),
     "a flag of another method": (["--mode", "lrpo", "--init", "{sft}", "--struct_weight", "3"],
                                  "--struct_weight: --mode lrpo has no such flag"),
+    "a network where another run's is used": (["--mode", "lrpo", "--init", "{sft}", "--channels",
+                                               "8"], "--channels: --mode lrpo has no such flag"),
     "labels where no reward model is trained": (["--mode", "lrpo", "--init", "{sft}", "--rewards",
                                                  "ssim=1", "--labels", "svm"],
                                                 "--labels: --mode lrpo has no such flag"),
-    "another network than --init's": (["--mode", "lrpo", "--init", "{sft}", "--patch", "4"],
-                                      "--patch 4: --init .* has 2; leave it out"),
     "drawn faces and photos": (["--mode", "sft", "--data", "{empty}", "--faces", "9"], "--faces"),
     "a missing face reward model, before any work": (["--mode", "demo", "--frm_weights", "none"],
                                                      "none: no such file"),
     "an odd network": (["--mode", "sft", "--channels", "6"], "channels must be"),
     "a flag that the demo's methods do not read": (["--mode", "demo", "--blend", "hard"],
-                                                   "--blend: --mode demo has no such flag"),
+                                                   "--blend: none of sft, frm, lrpo has such"),
     "no such device": (["--mode", "sft", "--device", "nonsense"], "--device"),
 }
 
@@ -296,7 +375,7 @@ def test_a_mistake_gets_one_sentence_and_loses_nothing(name, runs, tmp_path, mon
         (text / f"{i}.png").write_text("not a picture")
     monkeypatch.setenv("TORCH_HOME", str(empty))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    monkeypatch.setattr(open_clip, "download_pretrained", no_network)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", no_network)
     before = (runs / "sft" / "last.pt").read_bytes()
     given, message = MISTAKES[name]
     sft = runs / "sft" / "last.pt"

@@ -1,28 +1,25 @@
 """How each reward reacts to graded damage, and what damage it does not detect.
 
-    python -m tools.reward_report [--data path/to/faces] [--rewards ...] [--out runs/report]
+    python -m tools.reward_report [--data path/to/faces] [--rewards ...] [--frm_weights FILE]
 
 Every photo is damaged in six kinds and five grades (all ours), and each term scores each grade.
 "rho" is Spearman's rank correlation of a photo's five scores with the grade, averaged over the
 photos: -1 if every grade lowers the score. "fall" is the mean score of the clean photos minus that
-of the heaviest grade. A term is blind to a kind of damage if the fall is less than a tenth of its
-largest fall, and it rewards the damage if the score rises by more than that.
+of the heaviest grade; a star marks means that do not fall at every grade. A term is blind to damage
+whose fall is small against its largest fall.
 """
 import argparse
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
+from frm import load_face_reward
 from model import BATCH
-from rewards import parse_rewards
-from evaluate import load_reward
+from rewards import load_reward, parse_rewards
 from support.checkpoint import pick_device
-from support.cli import ModelSettings, add_flags, make_folder, positive, run_main, settings_fields
+from support.cli import ModelSettings, add_flags, positive, run_main, settings_fields
 from support.data import Photos, blur, jpeg, to_float, to_uint8
-
-BLIND = 0.1     # ours: a share of the term's largest fall
 
 
 def swap(x, radius):
@@ -77,56 +74,27 @@ def scores(reward, x: torch.Tensor, device) -> dict[str, dict[str, np.ndarray]]:
 
 
 def table(found: dict) -> str:
-    """Markdown: a row for each term, a column for each kind of damage, and what it is blind to."""
-    lines = ["| rho, fall | " + " | ".join([*found, "blind to", "rewards"]) + " |",
-             "|---" * (len(found) + 3) + "|"]
+    """Markdown: a row for each term, a column for each kind of damage."""
+    lines = ["| rho, fall | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     for term in next(iter(found.values())):
-        mean = {kind: rows[term].mean(axis=0) for kind, rows in found.items()}      # (6,) each
-        fall = {kind: m[0] - m[-1] for kind, m in mean.items()}
-        least = BLIND * max(fall.values())
-        cells = [f"{spearman(rows[term][:, 1:]):.2f}, {fall[kind]:.3f}"
-                 + ("" if (np.diff(mean[kind]) < 0).all() else " (not monotone)")
-                 for kind, rows in found.items()]
-        cells += [", ".join(kind for kind, f in fall.items() if -least <= f < least) or "none",
-                  ", ".join(kind for kind, f in fall.items() if f < -least) or "none"]
-        lines.append(f"| {term} | " + " | ".join(cells) + " |")
+        lines.append(f"| {term} |")
+        for rows in found.values():
+            mean = rows[term].mean(axis=0)                              # (6,)
+            star = "*" if (np.diff(mean) >= 0).any() else ""
+            lines[-1] += f" {spearman(rows[term][:, 1:]):.2f}, {mean[0] - mean[-1]:.3f}{star} |"
     return "\n".join(lines)
 
 
-def curves(found: dict, path):
-    """Small panels, a row for each term and a column for each kind of damage: the mean score and
-    the range of the middle half of the photos."""
-    terms = list(next(iter(found.values())))
-    fig = Figure(figsize=(2.1 * len(found), 1.7 * len(terms)))
-    axes = fig.subplots(len(terms), len(found), squeeze=False, sharey="row")
-    for i, term in enumerate(terms):
-        for ax, (kind, rows) in zip(axes[i], found.items()):
-            low, high = np.quantile(rows[term], (.25, .75), axis=0)
-            ax.fill_between(range(6), low, high, alpha=.25)
-            ax.plot(rows[term].mean(axis=0), marker=".")
-            ax.set_title(kind if i == 0 else "", fontsize=9)
-            ax.tick_params(labelsize=7)
-        axes[i, 0].set_ylabel(term)
-    fig.tight_layout()
-    fig.savefig(path, dpi=80)
-
-
 def report(args):
-    """Score the damaged photos, print the table, write rewards.md and rewards.png."""
-    device = pick_device(args.device)
-    reward = load_reward(parse_rewards(args.rewards), args, args.frm_weights or "runs/frm/last.pt",
-                         device, args.size)
+    """Score the damaged photos and print the table."""
+    device, weights = pick_device(args.device), parse_rewards(args.rewards)
+    face = (load_face_reward(args.frm_weights or "runs/frm/last.pt", size=args.size)
+            if "face" in weights else None)
+    reward = load_reward(weights, args, face, device)
     photos = (Photos.from_folder(args.data, args.size, "heldout", args.n) if args.data
               else Photos.drawn(args.n, 0, args.size, "heldout"))
-    out = make_folder(args.out)
-    found = scores(reward, to_float(photos.images), device)
-    text = (f"{len(photos)} held-out photos ({args.data or 'drawn faces'}) of {args.size} px\n\n"
-            f"{table(found)}\n\nrho: Spearman's correlation with the grade (-1: each grade lowers "
-            "the score); fall: what the heaviest grade takes off the score.\n")
-    print(text)
-    (out / "rewards.md").write_text(text)
-    curves(found, out / "rewards.png")
-    print(f"{out}/rewards.png: rows are terms, columns kinds of damage, from clean to grade 5")
+    print(f"{len(photos)} held-out photos ({args.data or 'drawn faces'}) of {args.size} px\n\n"
+          + table(scores(reward, to_float(photos.images), device)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -137,7 +105,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=positive, default=200, help="how many photos (200)")
     p.add_argument("--size", type=positive, default=32, help="their side in pixels, as the face "
                    "reward model was trained on (32)")
-    p.add_argument("--out", default="runs/report", help="for rewards.md and rewards.png")
     add_flags(p, settings_fields(ModelSettings))
     return p
 

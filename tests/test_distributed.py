@@ -10,7 +10,7 @@ import torch
 import sft
 import train
 from common import SMALL, run, small_presets
-from support import ranks
+from support import distributed
 from support.cli import UserError
 
 METHODS = {"sft": [], "clipped": [], "frm": [], "lrpo": [],
@@ -44,7 +44,7 @@ def rank(number, port, out, one):
                        MASTER_PORT=str(port))
     torch.set_num_threads(1)
     with small_presets():
-        ranks.join()
+        distributed.join()
         with pytest.raises(UserError, match="--batch_size 3: .* multiple of the 2"):
             run("sft", out / "odd", "--batch_size", "3")
         with pytest.raises(UserError, match="leave torchrun out"):
@@ -78,5 +78,21 @@ def test_two_ranks_train_what_one_process_trains_and_one_goes_on(tmp_path):
 
 def test_one_process_is_left_as_it_is():
     x = torch.arange(6.0).view(3, 2)
-    assert ranks.place() == (0, 1) and ranks.first()
-    assert ranks.own_rows(x) is x and ranks.gather(x) is x and ranks.largest(3, 0) == [3, 0]
+    assert distributed.place() == (0, 1) and distributed.is_first()
+    assert distributed.own_rows(x) is x and distributed.gather(x) is x
+    assert distributed.maximum(3, 0) == [3, 0]
+
+
+def test_draws_are_those_of_the_generator_and_each_rank_has_its_rows(monkeypatch):
+    like = torch.zeros(2, 3)
+    for draw, whole in ((distributed.gaussian, lambda g: torch.randn(4, 3, generator=g)),
+                        (lambda *given: distributed.uniform_integers(1000, *given),
+                         lambda g: torch.randint(1000, (4,), generator=g))):
+        want = whole(torch.Generator().manual_seed(5))
+        for rank in (0, 1):
+            monkeypatch.setattr(distributed, "place", lambda: (rank, 2))
+            generator = torch.Generator().manual_seed(5)
+            assert torch.equal(draw(like, generator), want[2 * rank:2 * rank + 2])
+            after = torch.Generator().manual_seed(5)
+            whole(after)                        # the generators of the ranks stay together
+            assert torch.equal(generator.get_state(), after.get_state())
