@@ -50,17 +50,15 @@ def held_out(data, size: int, n: int, device):
 
 
 @torch.no_grad()
-def measure(x: Tensor, gt: Tensor, reward, judge: LPIPS = None) -> dict[str, Tensor]:
-    """Every metric of the restorations x (N, 3, H, W), for each image: name -> (N,). haarpsi and
-    lpips only with a `judge`, whose column is "lpips"."""
+def measure(x: Tensor, gt: Tensor, reward, judges: dict = {}) -> dict[str, Tensor]:
+    """Every metric of the restorations x (N, 3, H, W), for each image: name -> (N,); those of
+    `judges`, {name: function of (x, gt) to (N,)}, among them."""
     rows = []
     for a, b in zip(x.split(BATCH), gt.split(BATCH)):
         total, terms = reward(a, b)
-        row = {"psnr": psnr(a, b), "ssim": ssim(a, b)}
-        if judge is not None:
-            row |= {"haarpsi": haarpsi(a, b), "lpips": 1 - judge(a, b)}
-        row |= {"reward": total.flatten()} | {f"r_{name}": term for name, term in terms.items()}
-        rows.append(row)
+        rows.append({"psnr": psnr(a, b), "ssim": ssim(a, b)}
+                    | {name: judge(a, b) for name, judge in judges.items()}
+                    | {"reward": total.flatten()} | {f"r_{k}": v for k, v in terms.items()})
     return {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
 
 
@@ -130,16 +128,18 @@ def rewards_of(states, args) -> list[dict[str, float]]:
     return found
 
 
-def load_judge(args, device) -> LPIPS | None:
-    """The LPIPS that judges, or None, with a line, if its backbone can neither be fetched nor is
-    given. Raises UserError for a file that is not its backbone."""
+def load_judges(args, device) -> dict:
+    """The judges beside PSNR and SSIM, for `measure`. Prints a line if the backbone of the LPIPS
+    that judges is not given and cannot be fetched. Raises UserError for a wrong file."""
+    judges = {"haarpsi": haarpsi}
     try:
-        return LPIPS(args.judge_net, args.judge_weights, "--judge_weights").to(device)
+        lpips = LPIPS(args.judge_net, args.judge_weights, "--judge_weights").to(device)
+        judges[f"lpips_{args.judge_net}"] = lambda x, gt: 1 - lpips(x, gt)
     except UserError as error:
         if args.judge_weights:
             raise
         print(f"without the judge lpips_{args.judge_net}: {error}")
-        return None
+    return judges
 
 
 def compare(args):
@@ -148,7 +148,7 @@ def compare(args):
     nets, states, labels = load(args, device)
     size, saved = nets[0].config.size, states[0]["args"]
     Ks = [args.ddim_steps or state["args"]["ddim_steps"] for state in states]
-    trained_on, judge = rewards_of(states, args), load_judge(args, device)
+    trained_on, judges = rewards_of(states, args), load_judges(args, device)
     beside = [Path(path).resolve().parent.parent / "frm" / "last.pt" for path in args.ckpt]
     frm = args.frm_weights or next((path for path in beside if path.exists()), None)
     terms = {name for rewards in trained_on for name, weight in rewards.items() if weight}
@@ -161,18 +161,15 @@ def compare(args):
     reward = load_reward(weights, args, face, device)
     data = args.data or saved["data"]
     lq, gt = held_out(data, size, args.n, device)
-    out, lpips = make_folder(args.out), f"lpips_{args.judge_net}"
+    out = make_folder(args.out)
     (out / "frontier.png").unlink(missing_ok=True)      # of an earlier comparison
 
-    def judged(x):
-        row = measure(x, gt, reward, judge)
-        return {lpips if name == "lpips" else name: values for name, values in row.items()}
     images = [restore(net, lq, K, args.eta, args.seed) for net, K in zip(nets, Ks)]
     if args.best_of:
         images.append(best_of(nets[0], lq, gt, args.best_of, Ks[0], args.eta, args.seed, reward))
         labels = [*labels, f"{labels[0]}, best of {args.best_of}"]
-    rows = {label: judged(x) for label, x in zip(labels, images)}
-    all_rows = {"LQ": judged(lq)} | rows
+    rows = {label: measure(x, gt, reward, judges) for label, x in zip(labels, images)}
+    all_rows = {"LQ": measure(lq, gt, reward, judges)} | rows
 
     facts = {"ckpt": dict(zip(labels, map(str, args.ckpt))), "data": data or "drawn faces",
              "images": len(gt), "size": size, "K": dict(zip(labels, Ks)), "eta": args.eta,
@@ -182,9 +179,9 @@ def compare(args):
              "psnr, ssim": "RGB, data range 1, nanoLRPO's own; SSIM with Wang's window, no padding"}
     print(f"{len(gt)} held-out images ({facts['data']}) of {size} px, K = "
           f"{', '.join(map(str, Ks))}, eta = {args.eta}, seed {args.seed}")
-    judges = [name for name in ("psnr", "ssim", "haarpsi", lpips) if name not in terms]
     print("\nJudges, which no reward contains (TFLOP: the operations of the training):")
-    print(table(all_rows, labels[0], judges, facts["tflop"]))
+    print(table(all_rows, labels[0], [name for name in ("psnr", "ssim", *judges)
+                                      if name not in terms], facts["tflop"]))
     formula = " + ".join(f"{w:g} {name}" for name, w in reward.weights.items())
     print(f"\nThe reward {formula}, and its terms:")
     print(table(all_rows, labels[0], ["reward", *(f"r_{name}" for name in weights)]))
@@ -196,8 +193,8 @@ def compare(args):
         out / "comparison.png")
     print(f"{out}/comparison.png: LQ | {' | '.join(labels)} | ground truth, and one detail")
     if args.frontier:
-        facts |= place_on_frontier(rows, lpips if judge else "haarpsi", lambda K, eta: judged(
-            restore(nets[0], lq, K, eta, args.seed)), Ks, args.eta, out)
+        facts |= place_on_frontier(rows, [*judges][-1], lambda K, eta: measure(
+            restore(nets[0], lq, K, eta, args.seed), gt, reward, judges), Ks, args.eta, out)
     (out / "metrics.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

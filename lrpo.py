@@ -36,7 +36,7 @@ from support.optimise import optimiser_step
 
 ADV_EPS = 1e-4              # LRPO's code: bounds the advantage where the rewards hardly differ
 ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
-TRUST = 1.64                # LRPO's code: clip range 1e-4 at D = 4*64*64. TRUST / D for any D (ours)
+TRUST = 1.64                # LRPO's code: a clip range of 1e-4 at D = 4*64*64. TRUST / D is ours
 GT_TEMPERATURE = 40.0       # LRPO's code: L_gt = 1 - exp(log pi / 40)
 MIN_STD = 1e-6              # ours: below it the float32 rewards of a group count as equal
 RATIO_SLACK, BF16_SLACK = 1e-5, 1e-3    # ours: another order of summation moves it by 2e-7, 2e-4

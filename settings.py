@@ -24,7 +24,7 @@ from model import EVAL_ETA, Config, Diffusion, UNet, load_restorer, restore
 from refl import ReFL, ReFLSettings
 from rewards import load_reward, parse_rewards
 from sft import SFT, SFTSettings
-from support.checkpoint import check_finished, digest
+from support.checkpoint import check_finished, digest, load_tensors
 from support.cli import (RewardFiles, UserError, add_flags, seed_number, setting, settings_fields,
                          whole)
 from support.data import sheet, train_batch
@@ -60,6 +60,7 @@ METHODS = {
         "small": dict(steps=20_000, batch_size=64, every=1000),
         "base": dict(steps=200_000, batch_size=32, lr=3e-4, every=5000)}),
     "frm": Method(FaceRewardTraining, FRMSettings, ema=0.99, warmup=20, presets={
+        "drawn64": dict(batch_size=16),
         "small": dict(every=100),
         "base": dict(steps=2000, every=500)}),
     "lrpo": Method(LRPO, LRPOSettings, ema=0.95, warmup=2, recipes=("ours", "paper"), presets={
@@ -67,7 +68,7 @@ METHODS = {
         "small": dict(batch_size=16, lr=2e-4, credit=8),
         "base": dict(steps=1000, batch_size=4, lr=3e-5, every=50, group=9, own_steps=0)}),
     "refl": Method(ReFL, ReFLSettings, ema=0.95, warmup=4, recipes=("ours", "paper"), presets={
-        "drawn64": dict(steps=180, lr=3e-4),
+        "drawn64": dict(steps=140, lr=3e-4),
         "small": dict(steps=180, lr=3e-4),
         "base": dict(steps=3500, batch_size=4, lr=5e-5, every=500)}),
     "darl": Method(DARL, DARLSettings, ema=0.95, warmup=2, presets={
@@ -131,6 +132,7 @@ def parser(mode: str) -> argparse.ArgumentParser:
         rewarded = [name for name, method in METHODS.items() if method.rewarded]
         p.add_argument("--methods", nargs="+", choices=rewarded,
                        help="what demo compares; default: lrpo refl")
+        p.add_argument("--judge_weights", help="as for evaluate.py")
     recipes = METHODS[mode].recipes if mode in METHODS else ()
     if recipes:
         p.add_argument("--recipe", choices=recipes, help="ours, or the published values of all "
@@ -238,6 +240,13 @@ def reward_of(run, device, weights: dict = None):
     face = (load_face_reward(frm_path(run), size=getattr(run, "size", None))
             if "face" in weights else None)
     return load_reward(weights, run, face, device)
+
+
+def frm_tflop(run) -> float:
+    """The operations that trained the face reward model of a run, in 1e12; 0 if it has none, or if
+    nobody counted."""
+    uses = frm_digest(run) is not None
+    return load_tensors(frm_path(run), "--frm_weights").get("tflop", 0.0) if uses else 0.0
 
 
 def frm_digest(run) -> str | None:

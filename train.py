@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import evaluate
 from rewards import LPIPS, parse_rewards
-from settings import (METHODS, SHIPPED, build, fields_of, frm_digest, frm_path, method_values,
-                      network, parse, resolve, reward_of)
+from settings import (METHODS, SHIPPED, build, fields_of, frm_digest, frm_path, frm_tflop,
+                      method_values, network, parse, resolve, reward_of)
 from sft import EMA, SFTSettings
 from support.checkpoint import (check_folder, check_photos, check_resume, load_run, locked,
                                 pick_device, replacing, restore_run, run_state, save)
@@ -80,7 +80,7 @@ def train_here(run):
         if is_first():
             prepare(out, run, method.net, state(0, best, False))
         log = Log(out / "metrics.csv", start)
-        tflop = counted.get_total_flops() / 1e12
+        tflop = counted.get_total_flops() / 1e12 + frm_tflop(run)
         log.rows = log.rows or [{"step": start, "seconds": 0.0, "tflop": tflop, **metrics}]
         print(plan(run, method.net, len(photos), start))
         loop(run, method, validate, ema, log, loader(
@@ -182,6 +182,7 @@ def demo(given: dict):
     operations as the most expensive of them took; then a table and a picture."""
     if place()[1] > 1:
         raise UserError("--mode demo: one process trains it; leave torchrun out")
+    judge = given.pop("judge_weights", None)
     given = {"preset": "drawn64", "init": str(SHIPPED)} | given
     methods, root = given.pop("methods", ["lrpo", "refl"]), Path(given.pop("out", "runs/demo"))
     if "rewards" not in given and lpips_is_missing(given):
@@ -203,13 +204,13 @@ def demo(given: dict):
     for mode in modes:
         train(run(mode))
     # The baseline that any method must beat: supervised training for the same operations.
-    tflop = {mode: float(Log(root / mode / "metrics.csv").rows[-1]["tflop"]) for mode in modes}
-    budget = tflop.get("frm", 0) + max(tflop[mode] for mode in methods)
-    train(run("sft", steps=10 ** 6, tflop=budget))
+    tflop = {mode: float(Log(root / mode / "metrics.csv").rows[-1]["tflop"]) for mode in methods}
+    train(run("sft", steps=10 ** 6, tflop=max(tflop.values())))
     ckpts = [given["init"], *(str(root / name / "last.pt") for name in ("sft", *methods))]
     flags = ["--out", str(root / "evaluation"), "--ckpt", *ckpts]
     for name in ("rewards", "device", "data", *settings_fields(RewardFiles)):
         flags += [f"--{name}", str(given[name])] if given.get(name) else []
+    flags += ["--judge_weights", judge] if judge else []
     evaluate.compare(evaluate.parser().parse_args(flags))
 
 
