@@ -2,8 +2,8 @@
 import argparse
 import ast
 import importlib
+import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,14 @@ import pytest
 import evaluate
 import sample
 import settings
-from tools import claims, symptoms, tables
+from tools import arms
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 TOOLS = [path.stem for path in sorted(ROOT.glob("tools/*.py")) if path.stem != "__init__"]
 LEAST_ROWS = 90         # of docs/paper_to_code.md, so that nothing passes by finding nothing
 LEAST_FLAGS = 3         # of each document
+MARKED = re.compile(r"<!-- tools\.arms table (\S+) -->\n((?:\|.*\n)*)")
 FOREIGN = {"sudo", "apt-get", "pip", "venv", "pytest"}       # programs that are not the project's
 
 
@@ -108,7 +109,7 @@ def tool_flags(name: str, monkeypatch) -> set[str]:
         return set()
     if hasattr(module, "parser"):
         return flags_of(module.parser())
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", capture)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", capture)
     with pytest.raises(Captured) as caught:
         module.main()
     monkeypatch.undo()
@@ -116,8 +117,8 @@ def tool_flags(name: str, monkeypatch) -> set[str]:
 
 
 def test_every_flag_in_the_documents_is_one_of_a_program(monkeypatch):
-    known = {flag for mode in settings.MODES for recipe in ("steered", "paper")
-             for flag in settings.parser(mode, recipe)._option_string_actions}
+    known = {flag for mode in (*settings.METHODS, "demo")
+             for flag in settings.parser(mode)._option_string_actions}
     for program in (evaluate, sample):
         known |= {*program.parser()._option_string_actions}
     known |= {flag for name in TOOLS for flag in tool_flags(name, monkeypatch)}
@@ -134,26 +135,25 @@ def test_every_program_in_the_documents_exists():
             assert name in FOREIGN or (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
 
 
-def test_the_tables_are_those_of_the_data(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
-    tables.main()                       # raises UserError, which names the document
-    results = (ROOT / "docs" / "results.md").read_text()
-    assert results.count("\n|---") == len(tables.MARKED.findall(results))      # none has no mark
+def test_the_table_of_presets_is_that_of_the_settings():
+    text = (ROOT / "docs" / "reference.md").read_text().split("## Presets")[1].split("\n## ")[0]
+    head, _, *rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]]
+                      for line in text.splitlines() if line.startswith("|")]
+    assert head[1:] == [*settings.PRESETS] and len(rows) > len(settings.METHODS)
+    for name, *cells in rows:
+        mode, _, names = name.rpartition(": ")
+        keys = names.replace("batch", "batch_size").split(", ") if mode else [name[2:]]
+        mode = mode or next(m for m in settings.METHODS if keys[0] in settings.fields_of(m))
+        for preset, cell in zip(head[1:], cells, strict=True):
+            run = vars(settings.resolve(mode, {"preset": preset}))
+            want = [f"{v:,}" if type(v) is int else str(v) for v in map(run.get, keys)]
+            assert cell == ", ".join(want), (name, preset)
 
 
-def test_the_pictures_can_be_drawn_from_the_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(symptoms, "RUNS", {"healthy": "", "collapse": ""})      # all: 5 seconds
-    symptoms.draw(tables.read("symptoms"), tmp_path / "symptoms.png")
-    claims.curves(tables.read("lrpo"), tmp_path / "lrpo.png")
-    claims.over_time(tables.read("long"), tmp_path / "long.png")
-    assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
-
-
-def test_the_symptoms_are_runs_that_train_py_takes_and_their_columns_are_in_the_data():
-    for name, flags in symptoms.RUNS.items():
-        given = settings.parse(["--mode", "lrpo", *flags.split()])
-        settings.method_values(settings.resolve(given.pop("mode"), given))
-        data = tables.read("symptoms")[name]
-        least = symptoms.STEPS // symptoms.EVERY + 1
-        assert all(len(data[column]) >= least for column in symptoms.PANELS)
-        assert [step for step, _ in data["reward_std"]] == [*range(1, symptoms.STEPS + 1)]
+def test_the_marked_tables_are_what_the_command_prints():
+    used = set()
+    for path in DOCUMENTS:
+        for file, table in MARKED.findall(path.read_text()):
+            used.add(ROOT / file)
+            assert table == arms.table(json.loads((ROOT / file).read_text())), (path.name, file)
+    assert used == {*(ROOT / "docs" / "data").iterdir()} != set()       # no data without a document
