@@ -28,13 +28,13 @@ def show(args):
     """Print the exercises of each set: points, what it teaches, the experiment."""
     for kind in SETS:
         chosen = [e for e in EXERCISES if e.set == kind]
-        print(f"\n{kind}: {len(chosen)} exercises, {sum(e.points for e in chosen)} points, "
-              f"{sum(e.minutes for e in chosen)} minutes")
+        grade.say(f"\n{kind}: {len(chosen)} exercises, {sum(e.points for e in chosen)} points, "
+                  f"{sum(e.minutes for e in chosen)} minutes")
         for e in chosen:
-            print(f"  {e.name}, {e.points} points, {e.file}: {e.teaches}\n      {e.task}\n"
-                  f"      Then try: {e.experiment}\n      {e.question}")
-    print("\nAfter a training run: python evaluate.py --ckpt runs/sft/last.pt runs/NAME/last.pt "
-          "--frontier")
+            grade.say(f"  {e.name}, {e.points} points, {e.file}: {e.teaches}\n      {e.task}\n"
+                      f"      Then try: {e.experiment}\n      {e.question}")
+    grade.say("\nAfter a training run: python evaluate.py --ckpt runs/sft/last.pt runs/NAME/last.pt "
+              "--frontier")
 
 
 def hint(args):

@@ -53,7 +53,7 @@ def finish(process, result: Path, deadline: float) -> tuple[str, str, str]:
         stop(process)
     try:
         state, text, printed = json.loads(result.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return "error", f"the answer ended the process of its check (exit code {code})", ""
     return state, text, printed
 

@@ -122,7 +122,10 @@ def test_the_bundle_on_a_solved_an_empty_and_hostile_hand_ins(tmp_path, solved):
     assert "darl.py is not in" in said["blend_weight"][1]
 
 
-def test_helpers_imports_and_constants_are_taken_along_from_a_zip(tmp_path, solved, capsys):
+def test_helpers_imports_and_constants_are_taken_along_from_a_zip(tmp_path, solved, capsys,
+                                                                  monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("raise SystemExit")      # Python would import it
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     source = (solved / "lrpo.py").read_text()
     for old, new in (("import math\n", "import math\nimport numpy as np\nHALF = .5\n"),
                      ("@dataclass\nclass LRPOSettings",
