@@ -33,8 +33,8 @@ def show(args):
         for e in chosen:
             grade.say(f"  {e.name}, {e.points} points, {e.file}: {e.teaches}\n      {e.task}\n"
                       f"      Then try: {e.experiment}\n      {e.question}")
-    grade.say("\nAfter a training run: python evaluate.py --ckpt runs/sft/last.pt runs/NAME/last.pt "
-              "--frontier")
+    grade.say("\nAfter a training run: python evaluate.py --frontier --ckpt runs/sft/last.pt "
+              "runs/NAME/last.pt")
 
 
 def hint(args):
