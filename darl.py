@@ -1,11 +1,12 @@
 """DARL: reinforcement learning for difficult faces, supervised training for easy ones.
 
-Paper    "Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive Reinforcement Learning
-         with IQA Reward" (Xu et al. 2025, arXiv 2511.01645). Its code is not public, and we know
-         only the abstract and a summary by others: every formula here is our reading of them.
-Claims   of the abstract, in our words, and the flags that test them:
-           1. An image quality score without ground truth is the better reward, because supervised
-              training has already used the ground truth.                   --rewards
+Paper    "Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive Reinforcement
+         Learning with IQA Reward" (Xu et al. 2025, arXiv 2511.01645). Its code is not public, and
+         we know only the abstract and a summary by others: every formula is our reading of them.
+Claims   of the abstract (1 to 3) and of the summary (4, 5), and the flags that test them:
+           1. An image quality score without ground truth, above all one from a multimodal language
+              model, is the better reward, because supervised training has already used the ground
+              truth. (Here `face` or CLIP-IQA stands for it.)               --rewards
            2. RL is for hard samples, those far from their ground truth.    --blend hard, easy, 1
            3. As samples come near, supervised training is blended in, with a weight that follows
               their relative difficulty.                                    --blend adaptive, .5
@@ -29,17 +30,10 @@ from torch import Tensor
 
 from lrpo import LRPO, PolicySettings, gaussian_kl, repeat_to
 from rewards import REWARDS_HELP
-from support.cli import UserError, setting, share
+from support.cli import UserError, one_of, setting, share
 from support.distributed import gather
 
 MEAN_DECAY = 0.95       # ours: a running mean over about twenty rollouts, as the policy improves
-
-
-def blend_choice(text: str) -> str:
-    """An argparse type: adaptive, hard, easy or a number from 0 to 1."""
-    if text not in ("adaptive", "hard", "easy"):
-        share(text)
-    return text
 
 
 @dataclass
@@ -54,7 +48,7 @@ class DARLSettings(PolicySettings):
     rewards: str = setting("face=1", None, REWARDS_HELP)
     blend: str = setting("adaptive", None, "share of RL in an image's loss: adaptive, hard (above "
                          "the mean difficulty only), easy, or a number from 0 to 1",
-                         type=blend_choice)
+                         type=one_of("adaptive", "hard", "easy", otherwise=share))
     sft_weight: float = setting(0.2, None, "weight of the supervised loss")
     kl_weight: float = setting(0.0, None, "weight of the KL from the starting policy")
     stepwise: str = setting("off", None, "credit each step with the reward gained after it",
@@ -92,24 +86,26 @@ class DARL:
     def difficulty(self, restored: Tensor, gt: Tensor) -> Tensor:
         """d_i, the mean distance of a group's members from the ground truth: (B, 3, H, W) each ->
         (P,). LPIPS if the reward has it, else L1."""
-        restored, lpips = restored.clamp(-1, 1), self.lrpo.reward.terms.get("lpips")
+        restored, lpips = restored.clamp(-1, 1), self.lrpo.reward.models.get("lpips")
         d = 1 - lpips(restored, gt) if lpips else (restored - gt).abs().mean((1, 2, 3))
         return d.view(-1, self.settings.group).mean(dim=1)
 
     def step_rewards(self, R: Tensor, steps, gt: Tensor) -> Tensor:
-        """The reward that each DDIM step is credited with, (1, B) or (n, B). Step-wise it is what
-        is gained from the step on, R(x_0) (B,) minus the reward of x0_hat before the step."""
+        """The reward that each DDIM step is credited with, (1 or n, B, g, g). Step-wise it is what
+        is gained from the step on, R(x_0) (B, g, g) minus the reward of x0_hat before the step."""
         if self.settings.stepwise == "off":
             return R[None]
-        before = [self.lrpo.reward(repeat_to(step.x0_hat, len(gt)), gt)[0] for step in steps]
+        before = [self.lrpo.reward(repeat_to(step.x0_hat, len(gt)), gt, self.lrpo.g)[0]
+                  for step in steps]
         return R - torch.stack(before)
 
     def loss(self, step, lq: Tensor, gt: Tensor, lam: Tensor, mu: Tensor, sigma: Tensor,
              pg: Tensor):
         """lambda_i L_RL + w (1 - lambda_i) L_SFT + beta KL, a scalar, and its terms by name. lq, gt
-        (P, 3, H, W), lam (P,), mu (B, 3, H, W), sigma a scalar, pg (B,) of `clipped_loss`."""
+        (P, 3, H, W), lam (P,), mu (B, 3, H, W), sigma a scalar, pg (B, g, g) of
+        `clipped_loss`."""
         settings, diffusion = self.settings, self.lrpo.diffusion
-        rl = (repeat_to(lam, len(pg)) * pg).mean()
+        rl = (repeat_to(lam, len(pg)) * pg.mean(dim=(1, 2))).mean()
         sft = diffusion.loss(self.net, lq, gt, self.lrpo.generator)             # (P,)
         sft, terms = ((1 - lam) * sft).mean(), {}
         loss = rl + settings.sft_weight * sft
@@ -135,7 +131,7 @@ class DARL:
             rho = d / self.mean
             self.mean = self.mean.lerp(all_d.mean(), 1 - MEAN_DECAY)
             lam = blend_weight(rho, self.settings.blend)                        # (P,)
-            R, terms = self.lrpo.reward(restored, targets)                      # (B,)
+            R, terms = self.lrpo.reward(restored, targets, self.lrpo.g)         # (B, g, g)
             self.lrpo.assign_advantages(steps, self.step_rewards(R, steps, targets))
         stats = self.lrpo.optimise(steps, lq, R, terms, lambda step, mu, sigma, pg: (
             self.loss(step, lq, gt, lam, mu, sigma, pg)))

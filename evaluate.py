@@ -1,30 +1,44 @@
-"""Compare checkpoints on one held-out set with one seed: a table, metrics.json and a picture.
+"""Compare checkpoints on one held-out set with one seed: tables, metrics.json and a picture.
 
     python evaluate.py --ckpt runs/sft/last.pt runs/lrpo/last.pt [--data path/to/faces]
 
 Every row restores the same LQ images from the same noise, in the K steps that it was trained for.
-PSNR and SSIM are over RGB at the images' own size, data range 1. SSIM is that of rewards.py (Wang's
-window and constants, tested against scikit-image). Higher is better in every column but lpips. "±"
-is the standard error over the images of the difference to the first checkpoint.
+There are two tables. The first has the judges: measures that no checkpoint's reward contains. A
+gain counts when a judge sees it. The second has the reward and its terms, in which every method
+that is trained on them gains.
+
+    psnr         dB, over RGB, data range 1. No reward contains it, but it steers lrpo and refl
+    ssim         Wang's, over RGB (rewards.py, tested against scikit-image); if no reward has it
+    haarpsi      HaarPSI (Reisenhofer et al. 2018), by piq: wavelets, nothing learnt
+    lpips_alex   LPIPS with another backbone than the reward's (--judge_net); lower is better
+
+Images below 128 px are enlarged twice for the last two. "±" is the standard error over the images
+of the difference to the first checkpoint.
 """
 import argparse
 import json
 from pathlib import Path
 
+import piq
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from frm import load_face_reward
 from model import BATCH, EVAL_ETA, load_restorer, restore
-from rewards import LPIPS, load_reward, parse_rewards, psnr, ssim
+from rewards import (LPIPS, LPIPS_ENLARGED_BELOW, LPIPS_NETS, load_reward, parse_rewards, psnr,
+                     ssim)
 from support.checkpoint import pick_device
-from support.cli import (ModelSettings, UserError, add_flags, make_folder, positive, run_main,
-                         seed_number, settings_fields, share)
-from support.data import Photos, pairs, sheet
+from support.cli import (ModelSettings, UserError, add_flags, make_folder, name, positive,
+                         run_main, seed_number, settings_fields, share)
+from support.data import Photos, pairs
 from support.frontier import (FRONTIER_STEPS, distances_beyond, draw_frontier, sampler_points,
-                              standard_error, verdict)
+                              verdict)
+from support.pictures import comparison
+from support.table import means, table
 
 HELD_OUT_SEED = 2 ** 32 - 1     # of the held-out degradations; no run can have it
-SHOWN = 5                       # faces in the picture (ours)
+CHECKERBOARD = 10               # ours: times the ground truth's energy, from where it is reported
 
 
 def held_out(data, size: int, n: int, device):
@@ -36,16 +50,31 @@ def held_out(data, size: int, n: int, device):
 
 
 @torch.no_grad()
-def measure(x, gt, reward, lpips=None) -> dict[str, torch.Tensor]:
-    """Every metric of the restorations x (N, 3, H, W), for each image: name -> (N,)."""
+def measure(x: Tensor, gt: Tensor, reward, judges: dict = {}) -> dict[str, Tensor]:
+    """Every metric of the restorations x (N, 3, H, W), for each image: name -> (N,); those of
+    `judges`, {name: function of (x, gt) to (N,)}, among them."""
     rows = []
     for a, b in zip(x.split(BATCH), gt.split(BATCH)):
         total, terms = reward(a, b)
-        row = {"psnr": psnr(a, b), "ssim": ssim(a, b)}
-        if lpips is not None:
-            row["lpips"] = 1 - lpips(a, b)
-        rows.append(row | {"reward": total} | {f"r_{name}": term for name, term in terms.items()})
+        rows.append({"psnr": psnr(a, b), "ssim": ssim(a, b)}
+                    | {name: judge(a, b) for name, judge in judges.items()}
+                    | {"reward": total.flatten()} | {f"r_{k}": v for k, v in terms.items()})
     return {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
+
+
+def haarpsi(x: Tensor, y: Tensor) -> Tensor:
+    """HaarPSI of images (N, 3, H, W) in [-1, 1], enlarged twice below 128 px: (N,) in [0, 1]."""
+    scale = 2 if min(x.shape[-2:]) < LPIPS_ENLARGED_BELOW else 1
+    x, y = (F.interpolate(u, scale_factor=scale, mode="bicubic").clamp(-1, 1) / 2 + 0.5
+            for u in (x, y))
+    return piq.haarpsi(x, y, data_range=1.0, reduction="none")
+
+
+def checkerboard(x: Tensor) -> float:
+    """The mean energy of images (N, 3, H, W) at the highest spatial frequency."""
+    i, j = (torch.arange(n, device=x.device) for n in x.shape[-2:])
+    sign = 1 - 2 * ((i[:, None] + j) % 2)                               # (H, W)
+    return (x * sign).mean(dim=(2, 3)).square().mean().item()
 
 
 def best_of(net, lq, gt, n: int, K: int, eta: float, seed: int, reward):
@@ -56,53 +85,20 @@ def best_of(net, lq, gt, n: int, K: int, eta: float, seed: int, reward):
     return x[scores.argmax(dim=0), torch.arange(len(lq))]
 
 
-def means(rows: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """The mean over the images of every metric of every row."""
-    return {label: {k: v.mean().item() for k, v in row.items()} for label, row in rows.items()}
-
-
-def table(rows: dict[str, dict], base: str) -> str:
-    """A markdown table of means, each row compared with the row `base`. A reward term that has a
-    column of its own (ssim, lpips) is left out."""
-    names = list(next(iter(rows.values())))
-    names = [name for name in names if not (name.startswith("r_") and name[2:] in names)]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for label, row in rows.items():
-        cells = []
-        for name in names:
-            error = standard_error(row[name] - rows[base][name])
-            cells.append(f"{row[name].mean():.4g}" + (f" ±{error:.2g}" if error > 0 else ""))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def print_quartiles(rows: dict, base: str, lq, gt):
-    """A table for each quarter of the images, from the easiest to the hardest."""
-    easiest_first = (lq - gt).abs().mean(dim=(1, 2, 3)).argsort().cpu()
-    for q, part in enumerate(easiest_first.tensor_split(4), 1):
-        print(f"\nquartile {q} by the L1 distance of LQ from the ground truth (4: the hardest)")
-        print(table({label: {k: v[part] for k, v in row.items()} for label, row in rows.items()},
-                    base))
-
-
-def place_on_frontier(rows: dict, measured, Ks: list[int], eta: float, out: Path) -> dict:
-    """Draw frontier.png, print each row's place, and return both as plain numbers. The first of
-    `rows` spans the frontier; measured(K, eta) restores with it and measures."""
+def place_on_frontier(rows: dict, name: str, measured, Ks: list[int], eta: float, out: Path):
+    """Draw frontier.png in the plane of PSNR and `name`, print each row's place, and return both as
+    plain numbers. The first of `rows` spans the frontier; measured(K, eta) restores with it."""
     first, *others = rows
     points = sampler_points(measured, Ks, eta)
-    names = [name for name in ("lpips", "r_face") if name in rows[first]] or ["ssim"]
-    draw_frontier(out / "frontier.png", rows, points, names, first)
+    draw_frontier(out / "frontier.png", rows, points, [name], first)
     print(f"\nThe first checkpoint with eta = {eta:g} and other K, and the place of each other row "
           "against its frontier:")
-    other = {f"K = {K}": points[K, eta] for K in FRONTIER_STEPS}
-    print(table({first: rows[first]} | other, first))
-    beyond = {name: distances_beyond({label: rows[label] for label in others}, points, name)
-              for name in names}
-    for name, places in beyond.items():
-        print(*(verdict(label, name, *place) for label, place in places.items()), sep="\n")
+    print(table({first: rows[first]} | {f"K = {K}": points[K, eta] for K in FRONTIER_STEPS}, first))
+    beyond = distances_beyond({label: rows[label] for label in others}, points, name)
+    print(*(verdict(label, name, *place) for label, place in beyond.items()), sep="\n")
     print(f"{out}/frontier.png")
     return {"sampler": means({f"K={K}, eta={e:g}": row for (K, e), row in points.items()}),
-            "beyond": beyond}
+            "beyond": {name: beyond}}
 
 
 def load(args, device):
@@ -115,9 +111,35 @@ def load(args, device):
             raise UserError(f"--ckpt {path}: made for {net.config.size} px, but {args.ckpt[0]} for "
                             f"{size} px; compare checkpoints of one size")
     paths = [Path(path).resolve() for path in args.ckpt]
-    labels = [path.parent.name if path.stem == "last" else given
-              for path, given in zip(paths, args.ckpt)]
+    labels = [path.parent.name if path.stem == "last" else path.stem for path in paths]
     return nets, states, labels if len({*labels}) == len(labels) else list(args.ckpt)
+
+
+def rewards_of(states, args) -> list[dict[str, float]]:
+    """The rewards that the checkpoints were trained on, those of sft left out. Raises UserError if
+    one of them has the judge's LPIPS: then it is no judge."""
+    found = []
+    for path, state in zip(args.ckpt, states):
+        if state["mode"] != "sft":
+            found.append(parse_rewards(state["args"]["rewards"]))
+            if found[-1].get("lpips") and state["args"]["lpips_net"] == args.judge_net:
+                raise UserError(f"--judge_net {args.judge_net}: {path} was trained on LPIPS with "
+                                "it, so that it is no judge; choose another")
+    return found
+
+
+def load_judges(args, device) -> dict:
+    """The judges beside PSNR and SSIM, for `measure`. Prints a line if the backbone of the LPIPS
+    that judges is not given and cannot be fetched. Raises UserError for a wrong file."""
+    judges = {"haarpsi": haarpsi}
+    try:
+        lpips = LPIPS(args.judge_net, args.judge_weights, "--judge_weights").to(device)
+        judges[f"lpips_{args.judge_net}"] = lambda x, gt: 1 - lpips(x, gt)
+    except UserError as error:
+        if args.judge_weights:
+            raise
+        print(f"without the judge lpips_{args.judge_net}: {error}")
+    return judges
 
 
 def compare(args):
@@ -126,22 +148,19 @@ def compare(args):
     nets, states, labels = load(args, device)
     size, saved = nets[0].config.size, states[0]["args"]
     Ks = [args.ddim_steps or state["args"]["ddim_steps"] for state in states]
+    trained_on, judges = rewards_of(states, args), load_judges(args, device)
     beside = [Path(path).resolve().parent.parent / "frm" / "last.pt" for path in args.ckpt]
     frm = args.frm_weights or next((path for path in beside if path.exists()), None)
-    trained_on = [state["args"]["rewards"] for state in states if state["args"].get("rewards")]
-    weights = parse_rewards(args.rewards or next(iter(trained_on), "default"))
+    terms = {name for rewards in trained_on for name, weight in rewards.items() if weight}
+    weights = (parse_rewards(args.rewards or "default") if args.rewards or not trained_on
+               else trained_on[0])
     if "face" in weights and frm is None and len(weights) > 1:
         del weights["face"]
         print(f"face is left out of the reward: no {beside[0]} is there; --frm_weights names one")
     face = load_face_reward(frm, size=size) if "face" in weights else None
     reward = load_reward(weights, args, face, device)
-    lpips = reward.terms.get("lpips")
-    if args.lpips_weights and lpips is None:
-        lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
     data = args.data or saved["data"]
     lq, gt = held_out(data, size, args.n, device)
-    if args.quartiles and len(gt) < 4:
-        raise UserError(f"--quartiles: needs 4 held-out images or more, not {len(gt)}")
     out = make_folder(args.out)
     (out / "frontier.png").unlink(missing_ok=True)      # of an earlier comparison
 
@@ -149,47 +168,56 @@ def compare(args):
     if args.best_of:
         images.append(best_of(nets[0], lq, gt, args.best_of, Ks[0], args.eta, args.seed, reward))
         labels = [*labels, f"{labels[0]}, best of {args.best_of}"]
-    rows = {label: measure(x, gt, reward, lpips) for label, x in zip(labels, images)}
-    all_rows = {"LQ": measure(lq, gt, reward, lpips)} | rows
+    rows = {label: measure(x, gt, reward, judges) for label, x in zip(labels, images)}
+    all_rows = {"LQ": measure(lq, gt, reward, judges)} | rows
 
     facts = {"ckpt": dict(zip(labels, map(str, args.ckpt))), "data": data or "drawn faces",
              "images": len(gt), "size": size, "K": dict(zip(labels, Ks)), "eta": args.eta,
-             "seed": args.seed, "rewards": reward.weights, "rows": means(all_rows),
+             "seed": args.seed, "rewards": reward.weights, "rewarded": sorted(terms),
+             "tflop": {label: state.get("tflop") for label, state in zip(labels, states)},
+             "rows": means(all_rows),
              "psnr, ssim": "RGB, data range 1, nanoLRPO's own; SSIM with Wang's window, no padding"}
-    formula = " + ".join(f"{w:g} {name}" for name, w in reward.weights.items())
     print(f"{len(gt)} held-out images ({facts['data']}) of {size} px, K = "
-          f"{', '.join(map(str, Ks))}, eta = {args.eta}, seed {args.seed}; reward = {formula}")
-    print(table(all_rows, labels[0]))
-    if args.quartiles:
-        print_quartiles(all_rows, labels[0], lq, gt)
-    columns = [u[:SHOWN] for u in [lq, *images, gt]]
-    sheet(columns, scale=max(1, 128 // size)).save(out / "comparison.png")
-    print(f"{out}/comparison.png: LQ | {' | '.join(labels)} | ground truth")
+          f"{', '.join(map(str, Ks))}, eta = {args.eta}, seed {args.seed}")
+    print("\nJudges, which no reward contains (TFLOP: the operations of the training):")
+    print(table(all_rows, labels[0], [name for name in ("psnr", "ssim", *judges)
+                                      if name not in terms], facts["tflop"]))
+    formula = " + ".join(f"{w:g} {name}" for name, w in reward.weights.items())
+    print(f"\nThe reward {formula}, and its terms:")
+    print(table(all_rows, labels[0], ["reward", *(f"r_{name}" for name in weights)]))
+    for label, x in zip(labels, images):
+        if (times := checkerboard(x) / checkerboard(gt)) > CHECKERBOARD:
+            print(f"{label}: {times:.0f} times the ground truth's energy at the highest spatial "
+                  "frequency, a checkerboard")
+    comparison({"LQ": lq, **dict(zip(labels, images)), "ground truth": gt}).save(
+        out / "comparison.png")
+    print(f"{out}/comparison.png: LQ | {' | '.join(labels)} | ground truth, and one detail")
     if args.frontier:
-        facts |= place_on_frontier(rows, lambda K, eta: measure(
-            restore(nets[0], lq, K, eta, args.seed), gt, reward, lpips), Ks, args.eta, out)
+        facts |= place_on_frontier(rows, [*judges][-1], lambda K, eta: measure(
+            restore(nets[0], lq, K, eta, args.seed), gt, reward, judges), Ks, args.eta, out)
     (out / "metrics.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of evaluate.py."""
     p = argparse.ArgumentParser(description="Compare checkpoints on held-out faces.")
-    p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints, the baseline first")
-    p.add_argument("--data", help="folder of photos with held-out files (default: as trained)")
+    p.add_argument("--ckpt", type=name, nargs="+", required=True, help="the baseline first")
+    p.add_argument("--data", type=name, help="folder of photos (default: as trained)")
     p.add_argument("--n", type=positive, default=200, help="how many held-out images (200)")
-    p.add_argument("--quartiles", action="store_true", help="also a table for each quarter of the "
-                   "images, by how far LQ is from the ground truth")
     p.add_argument("--frontier", action="store_true", help="also the first checkpoint at other K "
                    "and eta, and each row's distance from what those reach")
     p.add_argument("--best_of", type=positive, help="also the best by reward of n restorations by "
                    "the first checkpoint")
-    p.add_argument("--rewards", help="name=weight,... or a set (default: that of the first "
-                   "checkpoint trained on one)")
+    p.add_argument("--judge_net", default="alex", choices=LPIPS_NETS, help="backbone of the LPIPS "
+                   "that judges (alex)")
+    p.add_argument("--judge_weights", type=name, help="file of that backbone; left out: fetched")
+    p.add_argument("--rewards", type=name, help="name=weight,... or a set (default: that of the "
+                   "first checkpoint trained on one)")
     p.add_argument("--ddim_steps", type=positive, help="K (default: each as it was trained)")
     p.add_argument("--eta", type=share, default=EVAL_ETA, help=f"DDIM noise ({EVAL_ETA})")
     p.add_argument("--seed", type=seed_number, default=0, help="of the sampler's noise (0)")
-    p.add_argument("--out", default="runs/evaluation", help="folder for metrics.json and the "
-                   "pictures, which are replaced (runs/evaluation)")
+    p.add_argument("--out", type=name, default="runs/evaluation", help="folder for metrics.json "
+                   "and the pictures, which are replaced (runs/evaluation)")
     add_flags(p, settings_fields(ModelSettings))
     return p
 

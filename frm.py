@@ -56,9 +56,21 @@ class FaceRewardModel(nn.Module):
         """The parameters that training may change."""
         return list(self.parameters())
 
+    def score_map(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B, H/16, W/16), in logits."""
+        return self.out(self.features(x).movedim(1, 3))[..., 0]
+
     def score(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B,), in logits."""
-        return self.out(self.features(x).mean(dim=(2, 3)))[:, 0]
+        """The mean of `score_map`: x (B, 3, H, W) -> (B,)."""
+        return self.score_map(x).mean(dim=(1, 2))
+
+    def maps(self, x: Tensor, y: Tensor = None) -> list[Tensor]:
+        """One map whose mean is the reward: x (B, 3, H, W) -> (B, H/16, W/16). The sigmoid is taken
+        to first order around the mean score. y is not used."""
+        z = (self.score_map(x) - self.mean) / self.std
+        centre = z.mean(dim=(1, 2), keepdim=True)
+        reward = torch.sigmoid(centre)                                  # (B, 1, 1)
+        return [reward + reward * (1 - reward) * (z - centre)]
 
     def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
         """The reward of x (B, 3, H, W) in [-1, 1]: (B,) in (0, 1). y is not used."""
@@ -72,8 +84,7 @@ class FaceRewardModel(nn.Module):
 
 
 CLIP_ARCHITECTURE = "ViT-H-14"          # HPSv2's, and so DiffusionReward's
-TRAINED_IMAGE = 19      # DiffusionReward: lock_image_tower(20) leaves 19 blocks, ln_post and proj
-TRAINED_TEXT = 11       # DiffusionReward: the last blocks of the text tower
+IMAGE_GROUPS, TEXT_GROUPS = 20, 11      # DiffusionReward: unlocked, a projection or a block each
 CAPTION = "a clear, natural photo of a face"    # ours: the paper has a caption for each photo
 
 
@@ -81,7 +92,7 @@ class ClipFaceRewardModel(nn.Module):
     """The papers' model: the cosine of the image's and the caption's embeddings.
 
     `clip` is a CLIP with a ViT, from `build_clip`. Images are resized to CLIP's input size
-    bilinearly, as by the published Resize(224).
+    bilinearly and without antialiasing, as the published code resizes tensors.
     """
 
     def __init__(self, clip: nn.Module):
@@ -93,18 +104,25 @@ class ClipFaceRewardModel(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor = None) -> Tensor:
         """The reward of x (B, 3, H, W) in [-1, 1]: (B,) in [-1, 1]. y is not used."""
-        x = F.interpolate(normalise(x), self.clip.visual.image_size, mode="bilinear",
-                          antialias=True)
+        x = F.interpolate(normalise(x), self.clip.visual.image_size, mode="bilinear")
         image = self.clip.encode_image(x, normalize=True)               # (B, E)
         text = self.clip.encode_text(self.tokens, normalize=True)       # (1, E)
         return (image * text).sum(dim=1)                                # (B,)
 
+    def maps(self, x: Tensor, y: Tensor = None) -> list[Tensor]:
+        """The reward, for the whole image: one map (B, 1, 1)."""
+        return [self(x).view(-1, 1, 1)]
+
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that training may change, as in the published code."""
-        visual = self.clip.visual
-        layers = (*visual.transformer.resblocks[-TRAINED_IMAGE:], visual.ln_post,
-                  *self.clip.transformer.resblocks[-TRAINED_TEXT:])
-        return [visual.proj, self.clip.logit_scale, *(p for u in layers for p in u.parameters())]
+        """The parameters that training may change: what open_clip's lock functions leave, called as
+        in the published code. That is the last blocks, norms and projections of both towers, and
+        logit_scale. None has requires_grad afterwards."""
+        self.clip.requires_grad_(True)
+        self.clip.lock_image_tower(IMAGE_GROUPS)
+        self.clip.lock_text_tower(TEXT_GROUPS)
+        found = [p for p in self.clip.parameters() if p.requires_grad]
+        self.clip.requires_grad_(False)
+        return found
 
     def score(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> (B,), in logits."""
@@ -115,8 +133,8 @@ class ClipFaceRewardModel(nn.Module):
 
 
 def build_clip(config: dict, state: dict, source: str) -> nn.Module:
-    """open_clip's CLIP of this config with exactly the tensors of `state`, frozen, in float32. Raises
-    UserError, naming `source`, if names or shapes differ."""
+    """open_clip's CLIP of this config with exactly the tensors of `state`, frozen, in float32.
+    Raises UserError, naming `source`, if names or shapes differ."""
     import open_clip
     clip = open_clip.CLIP(**config)
     try:

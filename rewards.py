@@ -10,12 +10,14 @@ Departs  An average pool stands in for the low-pass band of the dual-tree wavele
          code runs; the paper's single pair is PROMPTS["paper"]. They give different numbers.
 
 Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,); higher is
-better. A gradient flows through each. `ms` is the time for one image of 64 px on two CPU cores.
+better. A gradient flows through each. All but CLIP-IQA are means over places, so that the same
+reward also says where an image is better: `maps` of a term are maps whose means add up to it, and
+`CompositeReward` averages them over patches. `ms` is the time for one image of 64 px on two cores.
 
     name     range     ground truth  ms    source; the damage that it detects (docs/results.md)
     ssim     [-1, 1]   yes           .32   Wang et al., mean over RGB; all damage
     dwt      (0, 1]    yes           .02   LRPO: colours and layout; all damage but to fine detail
-    lpips    (-inf,1]  yes           1.35  1 - LPIPS (squeeze), deep features; all damage
+    lpips    (-inf,1]  yes           5.4   1 - LPIPS (squeeze), deep features; all damage
     clipiqa  (0, 1)    no            3.8   CLIP-IQA, "good" against "bad" image; not measured here
     face     (0, 1)    no            .65   Face Reward Model, ours (the papers': [-1, 1]); blur,
                                            low resolution, noise, colour casts; hardly JPEG; not
@@ -41,11 +43,11 @@ SSIM_TAPS, SSIM_SIGMA = 11, 1.5             # Wang et al. 2004, section III-B
 SSIM_C1, SSIM_C2 = 0.01 ** 2, 0.03 ** 2     # the same, for a data range of 1
 
 
-def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity of images (B, 3, H, W) in [-1, 1], H and W at least 11: (B,) in
-    [-1, 1]. Gaussian window, no padding, mean over RGB: scikit-image's with gaussian_weights and
-    without sample covariance. With means m, variances v and the covariance cov under the window w
-    (cov = sum w x y - m_x m_y), for images rescaled to [0, 1], SSIM is the mean of
+def ssim_map(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity of images (B, 3, H, W) in [-1, 1], H and W at least 11, around each
+    pixel: (B, H-10, W-10) in [-1, 1]. Gaussian window, no padding, mean over RGB: scikit-image's
+    with gaussian_weights and without sample covariance. With means m, variances v and covariance
+    cov under the window w (cov = sum w x y - m_x m_y), for images rescaled to [0, 1], it is
     (2 m_x m_y + C1) (2 cov + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2))."""
     dtype = x.dtype
     if x.is_cuda:       # a GPU's convolutions use TF32, whose rounding moves SSIM by .01
@@ -63,7 +65,12 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     s = ((2 * mx * my + SSIM_C1) * (2 * cov + SSIM_C2)
          / ((mx * mx + my * my + SSIM_C1) * (vx + vy + SSIM_C2)))
-    return s.mean(dim=(1, 2, 3)).to(dtype)
+    return s.mean(dim=1).to(dtype)
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM of two images, the mean of `ssim_map`: (B, 3, H, W) each -> (B,)."""
+    return ssim_map(x, y).mean(dim=(1, 2))
 
 
 LOW_PASS_SHARPNESS = 60.0   # LRPO's code: exp(-15 L1) of a band whose DC gain is 4; ours has gain 1
@@ -86,6 +93,14 @@ def dwt(x: Tensor, y: Tensor) -> Tensor:
     return torch.exp(-LOW_PASS_SHARPNESS * l1)
 
 
+def dwt_map(x: Tensor, y: Tensor) -> Tensor:
+    """`dwt` by place, to first order in the L1 of each place, so that its mean is `dwt`: images
+    (B, 3, H, W) -> (B, H/4-1, W/4-1)."""
+    l1 = (low_pass(x) - low_pass(y)).abs().mean(dim=1) / 2              # (B, H/4-1, W/4-1)
+    score, excess = dwt(x, y)[:, None, None], l1 - l1.mean(dim=(1, 2), keepdim=True)
+    return score * (1 - LOW_PASS_SHARPNESS * excess)
+
+
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, over RGB, of images (B, 3, H, W) in [-1, 1]: (B,). At most
     100 dB, for equal images. It is a metric, never a reward."""
@@ -102,50 +117,63 @@ class Frozen(nn.Module):
         return super().train(False)
 
 
-LPIPS_MIN_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}     # in a smaller image a pool is empty
+LPIPS_NETS = ("squeeze", "alex", "vgg")
+LPIPS_ENLARGED_BELOW = 128  # ours, px: its networks learnt from 224 px. On smaller faces they see
+#                             little: what they reward there, other networks do not see (see docs)
 
 
 class LPIPS(Frozen):
     """1 - LPIPS with a backbone `net` (squeeze, alex or vgg), through its authors' package, which
     holds the linear layers.
 
-    `weights` is a file of the backbone's ImageNet features; without it torchvision fetches one.
-    Raises UserError if the file is not that backbone's, or if nothing can be fetched.
+    `weights` is a file of the backbone's ImageNet features, which `flag` gave; without it
+    torchvision fetches one. Raises UserError if the file is not that backbone's, or if nothing can
+    be fetched.
     """
 
-    def __init__(self, net: str = "squeeze", weights: str = None):
+    def __init__(self, net: str = "squeeze", weights: str = None, flag: str = "--lpips_weights"):
         super().__init__()
         import lpips        # slow to import, so it is imported only when it is needed
-        self.min_side = LPIPS_MIN_SIDE[net]
         with warnings.catch_warnings():     # the package calls torchvision by its old names
             warnings.simplefilter("ignore")
             try:
                 self.lpips = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
             except OSError:
                 raise UserError(f"LPIPS: its {net} backbone could not be fetched; give the file "
-                                "with --lpips_weights FILE, or use --rewards offline") from None
+                                f"with {flag} FILE, or use --rewards offline") from None
         if weights is not None:
-            load_backbone(self.lpips.net, weights, net)
+            load_backbone(self.lpips.net, weights, net, flag)
         self.eval().requires_grad_(False)
 
+    def maps(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        """Of two images (B, 3, H, W) in [-1, 1], H and W at least 16, a map (B, h, w) for each
+        layer. Their means add up to 1 - LPIPS. Images below 128 px are enlarged twice (bicubic),
+        which costs four times the time. Raises UserError below 16 px."""
+        if min(x.shape[-2:]) < MIN_SIDE:
+            raise UserError(f"LPIPS needs images of {MIN_SIDE} px or more")
+        if min(x.shape[-2:]) < LPIPS_ENLARGED_BELOW:
+            x, y = (F.interpolate(u, scale_factor=2, mode="bicubic") for u in (x, y))
+        features = [[F.normalize(f, dim=1, eps=1e-10) for f in self.lpips.net(
+            self.lpips.scaling_layer(u))] for u in (x, y)]              # (B, C, h, w) for a layer
+        distances = [lin((a - b).square())[:, 0] for lin, a, b in zip(self.lpips.lins, *features)]
+        return [1 - distances[0], *(-d for d in distances[1:])]
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Two images (B, 3, H, W) in [-1, 1] -> (B,), at most 1. Raises UserError if they are
-        small."""
-        if min(x.shape[-2:]) < self.min_side:
-            raise UserError(f"LPIPS: this backbone needs images of {self.min_side} px or more")
-        return 1 - self.lpips(x, y).flatten()                           # (B, 1, 1, 1) -> (B,)
+        """1 - LPIPS of two images (B, 3, H, W) in [-1, 1]: (B,), at most 1. Raises UserError as
+        `maps` does."""
+        return sum(m.mean(dim=(1, 2)) for m in self.maps(x, y))
 
 
-def load_backbone(net: nn.Module, path: str, name: str):
+def load_backbone(net: nn.Module, path: str, name: str, flag: str):
     """Copy the tensors of a file into a backbone, in order: torchvision's names differ from those
     of lpips. Raises UserError if the shapes differ."""
-    source, target = (load_tensors(path, "--lpips_weights", "without it the backbone is fetched"),
+    source, target = (load_tensors(path, flag, "without it the backbone is fetched"),
                       list(net.state_dict().values()))
     if isinstance(source, dict):
         source = [v for k, v in source.items() if not k.startswith("classifier")]
     if [getattr(v, "shape", None) for v in source] != [v.shape for v in target]:
-        raise UserError(f"--lpips_weights {path}: these are not the features of {name}; "
-                        "--lpips_net says which backbone is meant")
+        raise UserError(f"{flag} {path}: these are not the features of {name}; "
+                        f"{flag.replace('weights', 'net')} says which backbone is meant")
     for mine, theirs in zip(target, source):
         mine.copy_(theirs)
 
@@ -211,6 +239,10 @@ class CLIPIQA(Frozen):
         pairs = (image @ self.text.T).unflatten(1, (-1, 2))             # (B, P, 2)
         return pairs.softmax(dim=2)[..., 0].mean(dim=1)                 # (B,)
 
+    def maps(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        """The score, for the whole image: one map (B, 1, 1)."""
+        return [self(x).view(-1, 1, 1)]
+
 
 def load_clipiqa(path=None, prompts: str = "five") -> CLIPIQA:
     """CLIP-IQA with the weights in a file of tensors; without a file open_clip fetches OpenAI's.
@@ -268,20 +300,32 @@ class CompositeReward:
     of the terms face, lpips and clipiqa, by name. Raises ValueError if one is missing."""
 
     def __init__(self, weights: dict[str, float], **models: nn.Module):
-        terms = {"ssim": ssim, "dwt": dwt, **models}
-        if missing := weights.keys() - terms.keys():
+        if missing := weights.keys() - models.keys() - {"ssim", "dwt"}:
             raise ValueError(f"the rewards {missing} need their models")
-        self.weights, self.terms = weights, {name: terms[name] for name in weights}
+        self.weights, self.models = weights, models
+        maps = {"ssim": lambda x, y: [ssim_map(x, y)], "dwt": lambda x, y: [dwt_map(x, y)],
+                **{name: model.maps for name, model in models.items()}}
+        self.maps = {name: maps[name] for name in weights}
 
-    def __call__(self, x: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, H, W), H and W at least 16 (17 for LPIPS, 32 for CLIP-IQA) -> R (B,) and
-        each term (B,), not weighted, float32. x is clamped to [-1, 1] here. Raises UserError if the
-        images are smaller."""
+    def __call__(self, x: Tensor, gt: Tensor, g: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images (B, 3, H, W), H and W at least 16 (32 for CLIP-IQA) -> R of each of g x g patches,
+        (B, g, g), whose mean is R of the image; and each term of the image (B,), not weighted,
+        float32. x is clamped to [-1, 1] here. Raises UserError if the images are smaller."""
         if min(x.shape[-2:]) < MIN_SIDE:
             raise UserError(f"--size: the rewards need images of {MIN_SIDE} px or more")
-        x = x.float().clamp(-1, 1)
-        terms = {name: term(x, gt) for name, term in self.terms.items()}
-        return sum(w * terms[name] for name, w in self.weights.items()), terms
+        x, R, terms = x.float().clamp(-1, 1), 0, {}
+        for name, weight in self.weights.items():
+            maps = self.maps[name](x, gt)                               # (B, h, w) each
+            terms[name] = sum(m.mean(dim=(1, 2)) for m in maps)         # (B,)
+            R = R + weight * sum(patch_means(m, g) for m in maps)       # (B, g, g)
+        return R, terms
+
+
+def patch_means(values: Tensor, g: int) -> Tensor:
+    """The means of a map (B, h, w) over g x g patches, (B, g, g). Where h is no multiple of g the
+    patches overlap or repeat; a constant then keeps their mean equal to the map's."""
+    patches = F.adaptive_avg_pool2d(values, g)
+    return patches + (values.mean(dim=(1, 2)) - patches.mean(dim=(1, 2)))[:, None, None]
 
 
 def load_reward(weights: dict[str, float], files, face: nn.Module = None, device="cpu"):

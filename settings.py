@@ -24,12 +24,13 @@ from model import EVAL_ETA, Config, Diffusion, UNet, load_restorer, restore
 from refl import ReFL, ReFLSettings
 from rewards import load_reward, parse_rewards
 from sft import SFT, SFTSettings
-from support.checkpoint import check_finished, digest
+from support.checkpoint import check_finished, digest, load_tensors
 from support.cli import (RewardFiles, UserError, add_flags, seed_number, setting, settings_fields,
                          whole)
 from support.data import sheet, train_batch
 from support.labels import label_pairs
 
+SHIPPED = Path(__file__).parent / "pretrained" / "faces64.pt"   # drawn faces, from mode sft
 VALIDATION = 64         # ours: held-out images measured during training
 RESTORED_PAIRS = 512    # ours: restorations that the face reward model learns from
 WITHOUT_FRM = "ssim=.5,dwt=.5"      # the reward that chooses best.pt where a mode has none
@@ -59,14 +60,17 @@ METHODS = {
         "small": dict(steps=20_000, batch_size=64, every=1000),
         "base": dict(steps=200_000, batch_size=32, lr=3e-4, every=5000)}),
     "frm": Method(FaceRewardTraining, FRMSettings, ema=0.99, warmup=20, presets={
+        "drawn64": dict(batch_size=16),
         "small": dict(every=100),
         "base": dict(steps=2000, every=500)}),
     "lrpo": Method(LRPO, LRPOSettings, ema=0.95, warmup=2, recipes=("ours", "paper"), presets={
-        "small": dict(batch_size=16, lr=2e-4),
+        "drawn64": dict(steps=60, batch_size=16, lr=2e-4, credit=8),
+        "small": dict(batch_size=16, lr=2e-4, credit=8),
         "base": dict(steps=1000, batch_size=4, lr=3e-5, every=50, group=9, own_steps=0)}),
-    "refl": Method(ReFL, ReFLSettings, ema=0.99, warmup=10, presets={
-        "small": dict(steps=100, lr=5e-5, every=50, rewards="face=.1,lpips=.5"),
-        "base": dict(steps=3500, batch_size=4, lr=5e-5, every=500, rewards="face=.1,lpips=.5")}),
+    "refl": Method(ReFL, ReFLSettings, ema=0.95, warmup=4, recipes=("ours", "paper"), presets={
+        "drawn64": dict(steps=140, lr=3e-4),
+        "small": dict(steps=180, lr=3e-4),
+        "base": dict(steps=3500, batch_size=4, lr=5e-5, every=500)}),
     "darl": Method(DARL, DARLSettings, ema=0.95, warmup=2, presets={
         "small": dict(steps=60, batch_size=16, every=20),
         "base": dict(steps=1000, batch_size=4, lr=3e-5, every=50, group=9, own_steps=0)}),
@@ -75,6 +79,7 @@ METHODS = {
 # paper's K and G and DiffusionReward's steps and learning rate; it was never run.
 PRESETS = {
     "tiny": {},         # drawn faces, 32 px, two CPU cores, minutes: the defaults
+    "drawn64": dict(size=64, faces=20_000, bf16="on"),  # drawn faces, 64 px: from pretrained/
     "small": dict(size=64, channels=64, faces=20_000, bf16="on"),   # one GPU, minutes
     "base": dict(size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000, ddim_steps=50,
                  bf16="on"),                                        # one GPU, hours
@@ -88,9 +93,12 @@ class RunSettings:
     data: str = setting(None, None, "folder of face photos; left out: drawn faces")
     faces: int = setting(4096, None, "how many drawn faces to train on")
     out: str = setting(None, None, "run folder; left out: runs/MODE, for demo runs")
+    init: str = setting(None, None, "restorer to start from; left out: sft/last.pt beside --out, "
+                        "and for sft a new one")
     resume: bool = setting(False, None, "go on with the run in --out, exactly")
     overwrite: bool = setting(False, None, "start anew where --out holds a run")
-    minutes: float = setting(None, None, "stop after so much training time of this call")
+    tflop: float = setting(None, None, "stop after so many operations of training, in 1e12; "
+                           "metrics.csv counts them")
     seed: int = setting(0, None, "of everything that is random", type=seed_number)
     ddim_steps: int = setting(5, None, "K, sampling steps")
     workers: int = setting(0, None, "processes that make the batches; 0: this one", type=whole)
@@ -100,18 +108,12 @@ class RunSettings:
     device: str = setting("auto", None, "auto, cpu or cuda")
 
 
-@dataclass
-class StartSettings:
-    """The flag of the modes that start from a restorer."""
-    init: str = setting(None, None, "restorer to start from; left out: sft/last.pt beside --out")
-
-
 def fields_of(mode: str) -> dict:
     """The fields of every flag of a mode, by name; for demo those of all modes that it runs."""
     if mode == "demo":
-        return {name: f for m in METHODS for name, f in fields_of(m).items() if name != "init"}
+        return {name: f for m in METHODS for name, f in fields_of(m).items()}
     method = METHODS[mode]
-    kinds = [RunSettings, *[StartSettings] * method.from_sft, *[RewardFiles] * method.rewarded]
+    kinds = [RunSettings, *[RewardFiles] * method.rewarded]
     return {name: f for kind in (*kinds, method.settings)
             for name, f in settings_fields(kind).items()}
 
@@ -129,7 +131,8 @@ def parser(mode: str) -> argparse.ArgumentParser:
     if mode == "demo":
         rewarded = [name for name, method in METHODS.items() if method.rewarded]
         p.add_argument("--methods", nargs="+", choices=rewarded,
-                       help="what demo compares; default: lrpo")
+                       help="what demo compares; default: lrpo refl")
+        p.add_argument("--judge_weights", help="as for evaluate.py")
     recipes = METHODS[mode].recipes if mode in METHODS else ()
     if recipes:
         p.add_argument("--recipe", choices=recipes, help="ours, or the published values of all "
@@ -157,6 +160,11 @@ def parse(argv=None) -> dict:
         raise UserError("--faces: --data has the photos; leave one of them out")
     if "compile" in given and "refl" in (mode, *given.get("methods", [])):
         raise UserError("--compile: a compiled network hides what refl reads; leave it out")
+    if "fidelity_margin" in given and given.get("gt_weight", "auto") != "auto":
+        raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one out")
+    network_flags = given.keys() & {"size", "channels", "mults", "patch"}
+    if network_flags and ("init" in given or mode == "demo"):
+        raise UserError(f"--{min(network_flags)}: --init has a network already; leave one out")
     if "resume" in given and "overwrite" in given:
         raise UserError("--resume, --overwrite: give only one of them")
     return given
@@ -192,9 +200,10 @@ def method_values(run):
 # From the settings of a run to its objects
 
 def network(run, device) -> UNet:
-    """A new network for sft, otherwise the restorer that the run starts from, whose size becomes
-    run.size. Raises UserError if there is none, or if it was trained on other pictures."""
-    if not METHODS[run.mode].from_sft:
+    """A new network for sft without --init, otherwise the restorer that the run starts from, whose
+    configuration becomes the run's. Raises UserError if there is none, or if it was trained on
+    other pictures."""
+    if not (METHODS[run.mode].from_sft or run.init):
         net = UNet(Config(run.size, run.channels, [int(m) for m in run.mults.split(",")],
                           patch=run.patch))
     else:
@@ -210,6 +219,9 @@ def network(run, device) -> UNet:
             print(f"--init {init}: trained on drawn faces, not on {run.data}")
         net.train().requires_grad_(True)
         run.size = net.config.size
+        for name in {"channels", "mults", "patch"} & vars(run).keys():
+            value = getattr(net.config, name)
+            setattr(run, name, ",".join(map(str, value)) if name == "mults" else value)
     net.bf16 = run.bf16 == "on"
     if run.compile:
         net.compile()
@@ -229,6 +241,13 @@ def reward_of(run, device, weights: dict = None):
     face = (load_face_reward(frm_path(run), size=getattr(run, "size", None))
             if "face" in weights else None)
     return load_reward(weights, run, face, device)
+
+
+def frm_tflop(run) -> float:
+    """The operations that trained the face reward model of a run, in 1e12; 0 if it has none, or if
+    nobody counted."""
+    uses = frm_digest(run) is not None
+    return load_tensors(frm_path(run), "--frm_weights").get("tflop", 0.0) if uses else 0.0
 
 
 def frm_digest(run) -> str | None:

@@ -10,31 +10,34 @@ X/lrpo from X/sft/last.pt and X/frm/last.pt. A method (settings.py lists them) o
 steps; this file owns the rest. best.pt is chosen by the reward, which can be hacked: compare
 last.pt.
 """
-import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import support      # noqa: F401; first: it tells the threads of torch how to wait
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import evaluate
 from rewards import LPIPS, parse_rewards
-from settings import (METHODS, build, fields_of, frm_digest, frm_path, method_values, network,
-                      parse, resolve, reward_of)
+from settings import (METHODS, SHIPPED, build, fields_of, frm_digest, frm_path, frm_tflop,
+                      method_values, network, parse, resolve, reward_of)
 from sft import EMA, SFTSettings
-from support.checkpoint import (check_folder, check_resume, load_run, locked, pick_device,
-                                replacing, restore_run, run_state, save)
-from support.cli import StopSignal, UserError, make_folder, run_main
+from support.checkpoint import (check_folder, check_photos, check_resume, load_run, locked,
+                                pick_device, replacing, restore_run, run_state, save)
+from support.cli import RewardFiles, StopSignal, UserError, make_folder, run_main, settings_fields
 from support.data import Photos, loader
 from support.distributed import alone, check_batch, is_first, join, maximum, place, wait
 from support.labels import read_labels
-from support.log import Log
+from support.log import Log, plan, warn_of_collapse
 from support.optimise import NotFinite, check_finite
+
+COUNTED = 2     # ours: steps whose operations are counted; refl measures its PSNR in every second
+OFFLINE_STEPS = 540     # ours: of refl in a demo without LPIPS; it smooths first, sharpens later
 
 
 def train(run):
@@ -59,19 +62,26 @@ def train_here(run):
         if saved["step"] >= run.steps:
             return print(f"{run.mode}: {out} is finished; with a higher --steps it goes on")
     photos = Photos.load(run.data, run.size, "train", run.faces, run.seed, run.workers)
-    method, validate = build(run, net, device, generator, photos)
+    identity = photos.digest() if run.data else None
+    if saved:
+        check_photos(saved, run, identity)
+    with FlopCounterMode(display=False) as counted:     # frm restores pairs
+        method, validate = build(run, net, device, generator, photos)
     entry = METHODS[run.mode]
-    ema = EMA(method.net, entry.ema, from_scratch=not entry.rewarded)
+    fresh = run.mode == "frm" or not (entry.from_sft or run.init)       # nothing trained it before
+    ema = EMA(method.net, entry.ema, from_scratch=fresh)
     start, best = restore_run(saved, method, ema, generator) if saved else (0, -math.inf)
     metrics, _ = validate(ema.net)          # before the first step, and before anything is written
 
-    def state(done, best, finished):
-        return run_state(vars(run), method, ema, generator, done, best, bool(finished), frm)
+    def state(done, best, finished, tflop=0.0):
+        return run_state(vars(run), method, ema, generator, done, best, bool(finished), frm, tflop,
+                         identity)
     with locked(make_folder(out)) if is_first() else nullcontext(), StopSignal() as signal:
         if is_first():
             prepare(out, run, method.net, state(0, best, False))
         log = Log(out / "metrics.csv", start)
-        log.rows = log.rows or [{"step": start, "seconds": 0.0, **metrics}]
+        tflop = counted.get_total_flops() / 1e12 + frm_tflop(run)
+        log.rows = log.rows or [{"step": start, "seconds": 0.0, "tflop": tflop, **metrics}]
         print(plan(run, method.net, len(photos), start))
         loop(run, method, validate, ema, log, loader(
             photos, run.batch_size, run.seed, range(start, run.steps), run.workers, device),
@@ -89,23 +99,35 @@ def prepare(out: Path, run, net, state: dict):
     (out / "args.json").write_text(json.dumps(vars(run), indent=1) + "\n")
 
 
+def counted_step(method, batch) -> tuple[dict[str, float], float]:
+    """A step of a method, and its operations in 1e12: a multiplication and an addition are two.
+    Rewards and rollouts are included, and what is done for each value alone is not."""
+    with FlopCounterMode(display=False) as counter:
+        stats = method.step(batch)
+    return stats, counter.get_total_flops() / 1e12
+
+
 def loop(run, method, validate, ema, log, batches, start, best, state, signal):
     """The loop that every method shares: step, average, measure, save, until the end or a signal.
     Raises UserError at the first number that is not finite; what is saved is from before."""
     out, device = Path(run.out), next(method.net.parameters()).device
     earlier = spent = float(log.rows[-1]["seconds"])        # of training, before this call
-    timed = run.minutes is not None and place()[0] == 0     # rank 0 has the clock
-    limit = earlier + 60 * run.minutes if timed else math.inf
-    clock = time.perf_counter()
+    tflop, counts = float(log.rows[-1]["tflop"]), []
+    clock, limit = time.perf_counter(), math.inf if run.tflop is None else run.tflop
     bar = tqdm(batches, run.mode, run.steps, initial=start, disable=None if is_first() else True)
     for done, batch in enumerate(bar, start + 1):
         for group in method.optimizer.param_groups:
             group["lr"] = run.lr * min(1, done / METHODS[run.mode].warmup)
         try:
-            stats = method.step([u.to(device, non_blocking=True) for u in batch])
+            batch = [u.to(device, non_blocking=True) for u in batch]
+            if len(counts) < COUNTED:
+                stats, count = counted_step(method, batch)
+                counts.append(count)
+            else:
+                stats, count = method.step(batch), sum(counts) / len(counts)
             ema.update(method.net)
-            spent, clock = spent + time.perf_counter() - clock, time.perf_counter()
-            finished, number = maximum(done == run.steps or spent > limit, signal.number)
+            tflop, spent = tflop + count, spent + time.perf_counter() - clock
+            finished, number = maximum(done == run.steps or tflop >= limit, signal.number)
             stop, metrics = finished or number, {}
             if is_first() and (done % run.every == 0 or stop):
                 metrics, picture = validate(ema.net)
@@ -115,7 +137,7 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
                 log.write()
             raise UserError(f"{run.mode}, step {done}: {error}; try a lower --lr (what is saved in "
                             f"{out} is from before)") from None
-        log.rows.append({"step": done, "seconds": spent, **stats, **metrics})
+        log.rows.append({"step": done, "seconds": spent, "tflop": tflop, **stats, **metrics})
         if metrics:
             score = metrics.get("heldout_reward", metrics.get("heldout_accuracy_restored"))
             better, best = score > best, max(score, best)
@@ -125,10 +147,11 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
                 with replacing(out / f"samples_{done:06d}.png") as part:
                     picture.save(part, "PNG")
             if better:
-                save(out / "best.pt", state(done, best, finished))
-            save(out / "last.pt", state(done, best, finished))
-            left = min((run.steps - done) * (spent - earlier) / (done - start), limit - spent)
-            tqdm.write(f"{out.name}: step {done}, {max(left, 0):.0f} s left; "
+                save(out / "best.pt", state(done, best, finished, tflop))
+            save(out / "last.pt", state(done, best, finished, tflop))
+            left = min(run.steps - done, (limit - tflop) / max(count, 1e-9))
+            seconds = max(left, 0) * (spent - earlier) / (done - start)
+            tqdm.write(f"{out.name}: step {done}, {seconds:.0f} s left; "
                        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
             warn_of_collapse(log, out)
         clock = time.perf_counter()         # measuring and saving are not training time
@@ -139,34 +162,6 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
         print(f"{out.name}: stopped at step {done} and saved; --resume (not --overwrite) goes on")
         sys.exit(128 + number)
     print(f"{out.name}: done after {spent:.0f} s of training in all; {out / 'last.pt'}")
-
-
-COLLAPSE = 1.0      # ours: dB of held-out PSNR below the start; no method at its defaults loses .5
-
-
-def warn_of_collapse(log: Log, out: Path):
-    """One line when the held-out PSNR is far below the start for two measurements."""
-    psnr = [float(row["heldout_psnr"]) for row in log.rows if row.get("heldout_psnr")]
-    low = [value < psnr[0] - COLLAPSE for value in psnr]
-    if low[-2:] == [True, True] and not all(low[-3:-2]):
-        reward = [float(row["heldout_reward"]) for row in log.rows if row.get("heldout_reward")]
-        tqdm.write(f"held-out PSNR is more than {COLLAPSE} dB below the start, twice: " + (
-            f"--lr is too high, and {out / 'best.pt'} is from before" if reward[-1] < reward[0] else
-            "the reward is being hacked, and best.pt with it; give the likelihood more weight "
-            "(lrpo: --gt_weight auto, or a lower --fidelity_margin)"))
-
-
-def plan(run, net, photos: int, start: int) -> str:
-    """What a run will do, in one line."""
-    size = sum(p.numel() for p in net.parameters()) / 1e6
-    text = (f"{run.mode}: {photos:,} training photos of {run.size} px, {size:.2f} M parameters, "
-            f"from step {start} to {run.steps:,}, {run.batch_size} images each")
-    if hasattr(run, "group"):
-        text += f" x {run.group} restorations of {run.ddim_steps} DDIM steps"
-    if METHODS[run.mode].rewarded:
-        text += f"; rewards {run.rewards}"
-    limit = "" if run.minutes is None else f"; at most {run.minutes:.2g} minutes"
-    return f"{text}{limit}; to {run.out}"
 
 
 def check(run):
@@ -183,57 +178,50 @@ def check(run):
 
 
 def demo(given: dict):
-    """sft, frm, each of --methods, and sft trained on for as long as they took; then a table."""
+    """From the restorer that ships with the project: frm, each of --methods, and sft for as many
+    operations as the most expensive of them took; then a table and a picture."""
     if place()[1] > 1:
         raise UserError("--mode demo: one process trains it; leave torchrun out")
-    methods = given.pop("methods", ["lrpo"])
-    root = Path(given.pop("out", "runs"))
-    modes = ["sft", *([] if "frm_weights" in given else ["frm"]), *methods]
-    if idle := given.keys() - {name for mode in modes for name in fields_of(mode)}:
-        raise UserError(f"--{min(idle)}: none of {', '.join(modes)} has such a flag")
-    go_on = given.pop("resume", False)
-    runs = {mode: resolve(mode, {name: given[name] for name in given.keys() & fields_of(mode)},
-                          out=str(root / mode), resume=go_on and (root / mode / "last.pt").exists())
-            for mode in modes}
-    if "rewards" not in given and "lpips_weights" not in given and lpips_is_missing(runs):
-        for mode in methods:
-            if "lpips" in parse_rewards(runs[mode].rewards):
-                runs[mode].rewards = "offline"
-    for run in runs.values():
-        check(run)
-    longer = root / "sft_longer"
-    if longer.exists() and not (go_on or "overwrite" in given):
-        raise UserError(f"--out {root}: holds {longer} already, which demo writes anew; "
-                        "--overwrite it, or name another --out")
-    for mode, run in runs.items():
-        if not (run.resume and load_run(root / mode / "last.pt", "--resume")["finished"]):
-            train(run)
-    # The baseline that any method must beat: supervised training for the same extra time.
-    seconds = {mode: float(Log(root / mode / "metrics.csv").rows[-1]["seconds"]) for mode in modes}
-    shutil.rmtree(longer, ignore_errors=True)
-    shutil.copytree(root / "sft", longer)
-    extra = seconds.get("frm", 0) + max(seconds[mode] for mode in methods)
-    train(argparse.Namespace(**vars(runs["sft"]) | dict(
-        out=str(longer), resume=True, overwrite=False, minutes=extra / 60, steps=10 ** 6)))
-    ckpts = [str(root / row / "last.pt") for row in ["sft", "sft_longer", *methods]]
-    flags = ["--out", str(root / "evaluation"), "--frontier", "--ckpt", *ckpts]
-    for name, value in vars(runs[methods[0]]).items():
-        if value and name in ("rewards", "device", "lpips_net", "lpips_weights", "clip_weights",
-                              "frm_weights", "data"):
-            flags += [f"--{name}", str(value)]
+    judge = given.pop("judge_weights", None)
+    given = {"preset": "drawn64", "init": str(SHIPPED)} | given
+    methods, root = given.pop("methods", ["lrpo", "refl"]), Path(given.pop("out", "runs/demo"))
+    if "rewards" not in given and lpips_is_missing(given):
+        methods, given = ["refl"], given | {"rewards": "offline", "steps": OFFLINE_STEPS}
+    resume = given.pop("resume", False)
+
+    def run(mode, **more):
+        out = root / mode
+        go_on = resume and (out / "last.pt").exists()
+        own = {name: given[name] for name in given.keys() & fields_of(mode).keys()}
+        if mode not in methods:
+            own.pop("steps", None)          # --steps is for the methods
+        return resolve(mode, own, out=str(out), resume=go_on, **more)
+    modes = [*([] if "frm_weights" in given else ["frm"]), *methods]
+    if idle := given.keys() - {name for mode in [*modes, "sft"] for name in fields_of(mode)}:
+        raise UserError(f"--{min(idle)}: none of {', '.join(modes)}, sft has such a flag")
+    for mode in [*modes, "sft"]:
+        check(run(mode))
+    for mode in modes:
+        train(run(mode))
+    # The baseline that any method must beat: supervised training for the same operations.
+    tflop = {mode: float(Log(root / mode / "metrics.csv").rows[-1]["tflop"]) for mode in methods}
+    train(run("sft", steps=10 ** 6, tflop=max(tflop.values())))
+    ckpts = [given["init"], *(str(root / name / "last.pt") for name in ("sft", *methods))]
+    flags = ["--out", str(root / "evaluation"), "--ckpt", *ckpts]
+    for name in ("rewards", "device", "data", *settings_fields(RewardFiles)):
+        flags += [f"--{name}", str(given[name])] if given.get(name) else []
+    flags += ["--judge_weights", judge] if judge else []
     evaluate.compare(evaluate.parser().parse_args(flags))
 
 
-def lpips_is_missing(runs: dict) -> bool:
-    """Whether a preset's LPIPS cannot be had. Demo alone goes on without it, and says so."""
-    run = next((run for run in runs.values() if METHODS[run.mode].rewarded
-                and "lpips" in parse_rewards(run.rewards)), None)
-    if run is None:
-        return False
+def lpips_is_missing(given: dict) -> bool:
+    """Whether LPIPS cannot be had. Demo alone goes on without it, and says so."""
     try:
-        LPIPS(run.lpips_net)
+        LPIPS(given.get("lpips_net", RewardFiles.lpips_net), given.get("lpips_weights"))
     except UserError as error:
-        print(f"demo goes on with --rewards offline instead of a reward with LPIPS. {error}")
+        if "lpips_weights" in given:
+            raise
+        print(f"demo goes on with --methods refl --rewards offline. {error}")
         return True
     return False
 
@@ -250,8 +238,8 @@ def main(argv=None):
     frm = Path(frm_path(run))
     if METHODS[mode].rewarded and "face" in parse_rewards(run.rewards) and not frm.exists():
         print(f"no face reward model at {frm}: training one first")
-        shared = given.keys() & fields_of("frm").keys() - {"steps", "minutes", "every", "lr",
-                                                           "batch_size", "eta", "resume"}
+        shared = given.keys() & fields_of("frm").keys() - {"steps", "tflop", "every", "batch_size",
+                                                           "lr", "eta", "resume"}
         train(resolve("frm", {name: given[name] for name in shared}, out=str(frm.parent)))
     train(run)
 

@@ -2,21 +2,24 @@
 
 A checkpoint holds all that a run needs to go on exactly: the network and its average, the
 optimiser, the method's own state, the state of the random generator, the step and the arguments.
-The data need no state: batch n depends on the seed and n alone.
+The data need no state: batch n depends on the seed and n alone. What identifies the photos of a
+folder is kept, so that a run does not go on with others.
 """
 import hashlib
 import os
+import secrets
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from support.cli import UserError, is_blocked
+from support.cli import UserError, is_blocked, lacks_memory
 from support.distributed import place
 
 try:
     import fcntl
-except ImportError:         # Windows: runs are not kept from one folder there
+except ImportError:         # Windows
+    import msvcrt
     fcntl = None
 
 VERSION = 2     # of a checkpoint's fields
@@ -25,9 +28,9 @@ FIELDS = dict(mode=str, args=dict, step=int, best=float, finished=bool, frm=(str
               generator=torch.Tensor)
 ARGUMENTS = dict(data=(str, type(None)), ddim_steps=int, faces=int, seed=int, size=int, steps=int)
 # those that a program reads from a checkpoint
-PLACES = ("data", "init", "frm_weights")        # arguments that name a file or folder
+PLACES = ("init", "frm_weights")        # arguments that name a file
 # What may differ when a run goes on. Everything else would make it another run.
-FREE_ON_RESUME = {"steps", "minutes", "every", "out", "device", "resume", "overwrite",
+FREE_ON_RESUME = {"steps", "tflop", "every", "out", "device", "resume", "overwrite",
                   "workers", "lpips_weights", "clip_weights"}
 
 
@@ -49,7 +52,7 @@ def load_tensors(path, flag: str, remedy: str = "") -> dict:
 def replacing(path):
     """A temporary path to write to, which is then renamed to `path`: a killed program never leaves
     half a file. Raises UserError if it cannot be written; an older file at `path` stays whole."""
-    part = Path(f"{path}.part")
+    part = Path(path).with_name(f".{secrets.token_hex(4)}.part")    # of this call alone, and short
     try:
         yield part
         os.replace(part, path)
@@ -69,18 +72,21 @@ def save(path, state: dict):
 
 @contextmanager
 def locked(folder: Path):
-    """Lets one run at a time write to `folder`. The system frees the lock when the run ends, in any
-    way. Raises UserError if another run holds it."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Lets one run at a time write to `folder`, and removes what a killed one left half written.
+    The system frees the lock when the run ends, in any way. Raises UserError if another holds it.
+    """
+    with open(folder / ".lock", "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:        # some shared disks have no locks
+            raise UserError(f"--out {folder}: another run is writing to it, or its disk has no "
+                            f"locks ({error.strerror}); name another --out") from None
+        for part in folder.glob(".????????.part"):
+            part.unlink()
         yield
-    except BlockingIOError:
-        raise UserError(f"--out {folder}: another run is writing to it; name another --out") \
-            from None
-    finally:
-        os.close(lock)
 
 
 def digest(path) -> str | None:
@@ -89,12 +95,12 @@ def digest(path) -> str | None:
 
 
 def run_state(args: dict, method, ema, generator, step: int, best: float, finished: bool,
-              frm: str | None) -> dict:
+              frm: str | None, tflop: float = 0.0, photos: dict | None = None) -> dict:
     """The checkpoint after `step` steps. Restoring a photo needs only `config` and `ema`. `frm` is
-    the digest of the face reward model that the run uses."""
+    the digest of the face reward model that the run uses, `photos` that of the photos of --data."""
     config = vars(method.net.config) if hasattr(method.net, "config") else {}
     return {"version": VERSION, "mode": args["mode"], "step": step, "best": best, "args": args,
-            "finished": finished, "frm": frm, "config": config,
+            "finished": finished, "frm": frm, "tflop": tflop, "photos": photos, "config": config,
             "model": method.net.state_dict(), "ema": ema.net.state_dict(),
             "ema_updates": ema.updates, "optimizer": method.optimizer.state_dict(),
             "method": method.state_dict() if hasattr(method, "state_dict") else {},
@@ -171,15 +177,26 @@ def check_resume(saved: dict, run, frm: str | None):
         a, b = was.get(name), now.get(name)
         if name in PLACES and a and b:
             a, b = Path(str(a)).resolve(), Path(b).resolve()
-        if repr(a) != repr(b):
+        if repr(a) != repr(b) and not (name == "data" and a and b):     # that is for check_photos
             raise UserError(f"--resume: {run.out} was run with --{name} {a}, not {b}")
     if saved["frm"] != frm:
         raise UserError(f"--resume: the face reward model is not the one that {run.out} began with")
 
 
+def check_photos(saved: dict, run, photos: dict | None):
+    """Raises UserError where --data no longer holds the photos that a run began with: it changed,
+    or is another folder. A moved one is the same. `photos` is that of `Photos.digest`."""
+    was = saved.get("photos") or photos     # an earlier checkpoint has none
+    for name, now in (photos or {}).items():
+        if was[name] != now:
+            what = f"{was[name]} photos then, {now} now" if name == "number" else f"other {name}"
+            raise UserError(f"--resume: --data {Path(run.data).resolve()} does not hold the "
+                            f"training photos that {run.out} began with ({what})")
+
+
 def pick_device(name: str) -> torch.device:
     """The device; "auto" is a CUDA GPU if there is one, under torchrun one for each rank. Raises
-    UserError if it does not exist here."""
+    UserError if it does not exist here, or is full."""
     if ":" in name and place()[1] > 1:
         raise UserError(f"--device {name}: torchrun gives each rank a GPU; write cuda")
     try:
@@ -188,7 +205,8 @@ def pick_device(name: str) -> torch.device:
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))     # torchrun: one each
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: no such device here; --device cpu works") from None
+        torch.zeros(1, device=device).item()        # the device "meta" has no values
+    except (RuntimeError, AssertionError, ImportError) as error:
+        what = "its memory is full" if lacks_memory(error) else "no such device here"
+        raise UserError(f"--device {name}: {what}; --device cpu works") from None
     return device

@@ -1,6 +1,8 @@
 """What all programs share on the command line: mistakes of the user, numbers, settings as flags."""
 import argparse
+import csv
 import errno
+import io
 import math
 import signal
 import sys
@@ -17,6 +19,8 @@ class UserError(ValueError):
 def run_main(main):
     """Run a program. A UserError ends it with its sentence and exit code 1, and so do a disk that
     cannot be written to and a memory that is too small."""
+    if hasattr(sys.stdout, "reconfigure"):          # a notebook's has no encoding
+        sys.stdout.reconfigure(errors="replace")    # one that lacks "±" shows "?"
     try:
         main()
     except UserError as error:
@@ -30,11 +34,25 @@ def run_main(main):
             raise
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and not lacks_memory(error):
             raise
-        sys.exit("error: the memory is too small; try a smaller --batch_size or --size")
+        sys.exit("error: the memory is too small; try a smaller --batch_size, --size or photo")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether torch says by this error that the memory of the CPU or GPU is full."""
+    return any(text in str(error) for text in ("allocate", "out of memory", "ALLOC_FAILED"))
+
+
+def read_table(path) -> tuple[list[dict], list[str]]:
+    """The rows and column names of a CSV file, also as a spreadsheet saves it: with semicolons, a
+    mark at its start and any line ends. Raises OSError, UnicodeDecodeError or csv.Error."""
+    text = Path(path).read_text(encoding="utf-8-sig")
+    table = csv.DictReader(io.StringIO(text), restkey="", restval="", strict=True,
+                           delimiter=";" if ";" in text.partition("\n")[0] else ",")
+    return list(table), table.fieldnames or []
 
 
 class StopSignal:
@@ -92,6 +110,13 @@ positive, at_least_two, whole = number(int, 1), number(int, 2), number(int, 0)
 amount, share = number(float, 0), number(float, 0, 1)
 policy_eta = number(float, 0.001, 1)            # ours: with eta = 0 a step has no density
 seed_number = number(int, 0, 2 ** 32 - 2)       # 2^32 - 1 is the seed of the held-out degradations
+
+
+def one_of(*words: str, otherwise):
+    """An argparse type: one of these words, or what the type `otherwise` takes."""
+    def parse(text: str):
+        return text if text in words else otherwise(text)
+    return parse
 
 
 def name(text: str) -> str:

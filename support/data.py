@@ -8,73 +8,33 @@ Departs  - The upper ends of blur and downsampling are multiplied by (size / 512
          - Kernels reach 3 sigma (published: 41 px in all). LQ has 8 bits, as a photo from disk has.
          - Pair n depends on (seed, epoch, n) alone: it is the same in any batch and after a resume.
 """
+import hashlib
 import io
 import math
 import signal
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from support.cli import UserError
-from support.faces import draw_faces
 from support.distributed import place
+from support.faces import draw_faces
+from support.photos import find_photos, read_photo
 
-MAX_PIXELS = 64_000_000     # ours: 8,000 x 8,000, which takes less than 1 GB to read
+READERS = 4             # ours: photos read at a time, each in at most 1 GB
 MAX_HELD_OUT = 500      # ours: a steady mean, evaluated in minutes
 MAX_DRAWN = 1_000_000   # ours: drawn faces are held out from this number on
 BLUR_SIGMA, DOWN_FACTOR = (.1, 12.), (1., 12.)      # DiffBIR; sigma in pixels, both at 512 px
 NOISE_SIGMA, JPEG_QUALITY = (0., 15.), (100, 30)    # DiffBIR; sigma of 255. All go mild to heavy
 SIZE_POWER = 2 / 3      # ours: see above
-
-
-def find_photos(folder, flag="--data") -> list[Path]:
-    """Photos in and below a folder, sorted by path, which gives the same order on every system.
-    Hidden files (macOS leaves ._x.jpg) are skipped; other files are counted on stderr. Raises
-    UserError if there is no folder or no photo."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder")
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = [path for path in folder.rglob("*") if path.is_file()
-             and "/." not in "/" + path.relative_to(folder).as_posix()]
-    photos = [path for path in files if path.suffix.lower() in known]
-    other = Counter(path.suffix for path in files if path.suffix.lower() not in known)
-    if other:
-        print(f"{flag} {folder}: no photos that Pillow reads:", ", ".join(
-            f"{n} {suffix or 'without suffix'}" for suffix, n in other.items()), file=sys.stderr)
-    if not photos:
-        raise UserError(f"{flag} {folder}: no photo in it, such as .jpg, .png, .webp or .tif")
-    return sorted(photos, key=Path.as_posix)
-
-
-def read_photo(path, size: int) -> Tensor:
-    """Read a photo as uint8 (3, size, size), RGB: upright, transparency on white, cut to the centre
-    square, resized by an antialiased Lanczos filter. Raises UserError if it cannot be read."""
-    try:
-        with Image.open(path) as im:
-            if im.width * im.height > MAX_PIXELS:
-                im.draft("RGB", (4 * size, 4 * size))       # a JPEG can be read at a smaller size
-            if im.width * im.height > MAX_PIXELS:
-                raise ValueError(f"more than {MAX_PIXELS:,} pixels")
-            im = ImageOps.exif_transpose(im)        # first: convert() may lose the EXIF tag
-            if im.mode.startswith("I"):             # 16-bit grey, which convert() clips
-                im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
-            if im.has_transparency_data:
-                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-            im = ImageOps.fit(im.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    except Exception as error:      # Pillow raises a dozen unrelated kinds, SyntaxError among them
-        raise UserError(f"{path}: cannot be read as a photo ({error})") from error
-    return torch.from_numpy(np.array(im)).permute(2, 0, 1)
 
 
 @dataclass
@@ -85,6 +45,12 @@ class Photos:
 
     def __len__(self):
         return len(self.names)
+
+    def digest(self) -> dict[str, int | str]:
+        """What tells these photos from any others, in words for `checkpoint.check_resume`."""
+        names = "\n".join(self.names).encode("utf-8", "surrogatepass")
+        return {"number": len(self), "names": hashlib.sha256(names).hexdigest(),
+                "pixels": hashlib.sha256(self.images.numpy()).hexdigest()}
 
     @classmethod
     def from_folder(cls, folder, size: int, split: str, limit: int = None):
@@ -98,22 +64,25 @@ class Photos:
         held_out = max(1, min(MAX_HELD_OUT, len(files) // 10))
         files = {"train": files[:-held_out], "heldout": files[-held_out:]}[split][:limit]
 
-        def attempt(path):
+        images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+
+        def attempt(i):
             try:
-                return read_photo(path, size)
+                images[i] = read_photo(files[i], size)
             except UserError as error:
                 return error
-        with ThreadPoolExecutor() as pool:
-            photos = list(tqdm(pool.map(attempt, files), "photos", len(files), disable=None))
-        errors = [photo for photo in photos if isinstance(photo, UserError)]
+        with ThreadPoolExecutor(READERS) as pool:
+            errors = list(tqdm(pool.map(attempt, range(len(files))), "photos", len(files),
+                               disable=None))
+        good = [i for i, error in enumerate(errors) if error is None]
+        errors = [error for error in errors if error]
         if errors:
             print(f"{folder}: {len(errors)} of {len(files)} {split} photos are left out:",
                   *errors[:10], *["..."] * (len(errors) > 10), sep="\n  ", file=sys.stderr)
-        read = {path.relative_to(folder).as_posix(): photo
-                for path, photo in zip(files, photos) if isinstance(photo, Tensor)}
-        if not read:
+        if not good:
             raise UserError(f"--data {folder}: none of its {split} photos can be read")
-        return cls(torch.stack(list(read.values())), list(read))
+        return cls(images[good] if errors else images,
+                   [files[i].relative_to(folder).as_posix() for i in good])
 
     @classmethod
     def drawn(cls, n: int, seed: int, size: int, split: str, workers: int = 0):

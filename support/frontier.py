@@ -38,13 +38,13 @@ def cross(a, b, c) -> float:
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
 
 
-def beyond(method: torch.Tensor, samplers: torch.Tensor) -> tuple[float, float]:
+def beyond(method: torch.Tensor, samplers: torch.Tensor) -> tuple[float, float | None]:
     """How far a method lies above the hull of the samplers at its own PSNR, and the standard error.
 
     method (N, 2) and samplers (S, N, 2) hold (PSNR, quality) of the same N images, quality higher
     better. Outside the hull's PSNR the nearer end is the comparison (a method to the right of the
     hull is more faithful than any sampler, whatever the distance). The error is that of the mean
-    over the images of the vertical distance, to first order in the two means.
+    over the images of the vertical distance, to first order in the two means; None for one image.
     """
     means = samplers.mean(dim=1)                                        # (S, 2)
     corners = hull([tuple(p) for p in means.tolist()])
@@ -59,7 +59,7 @@ def beyond(method: torch.Tensor, samplers: torch.Tensor) -> tuple[float, float]:
         w, slope = (p - xa) / (xb - xa), (yb - ya) / (xb - xa)
         d = method - (samplers[ends[0]] * (1 - w) + samplers[ends[1]] * w)      # (N, 2)
         d = d[:, 1] - slope * d[:, 0]
-    return d.mean().item(), standard_error(d)
+    return d.mean().item(), standard_error(d) if len(d) > 1 else None       # nan is no JSON
 
 
 def sampler_points(measured, Ks, eta: float) -> dict[tuple, dict]:
@@ -70,18 +70,25 @@ def sampler_points(measured, Ks, eta: float) -> dict[tuple, dict]:
     return {choice: measured(*choice) for choice in tqdm(choices, "frontier", disable=None)}
 
 
-def distances_beyond(rows: dict, points: dict, name: str) -> dict[str, tuple[float, float]]:
+def sign(name: str) -> int:
+    """1 for a measure of which more is better, -1 for LPIPS."""
+    return -1 if name.startswith("lpips") else 1
+
+
+def distances_beyond(rows: dict, points: dict, name: str) -> dict[str, tuple]:
     """For each row, `beyond` in the plane of PSNR and `name`: {label: (distance, error)}."""
-    plane = lambda row: torch.stack([row["psnr"], row[name] * (-1 if name == "lpips" else 1)], 1)
+    plane = lambda row: torch.stack([row["psnr"], row[name] * sign(name)], 1)
     samplers = torch.stack([plane(row) for row in points.values()])         # (S, N, 2)
     return {label: beyond(plane(row), samplers) for label, row in rows.items()}
 
 
-def verdict(label: str, name: str, distance: float, error: float) -> str:
+def verdict(label: str, name: str, distance: float, error: float | None) -> str:
     """One sentence. A distance within two standard errors, or without an error, is "on" it."""
-    place = "on" if not abs(distance) > 2 * error else "beyond" if distance > 0 else "behind"
-    return (f"{label} lies {place} the sampler's frontier: {distance:+.4f} ± {error:.4f} in {name} "
-            "(above 0 is better) against the sampler at the same PSNR, or the nearest it reaches")
+    near = error is None or abs(distance) <= 2 * error
+    place = "on" if near else "beyond" if distance > 0 else "behind"
+    value = f"{distance:+.4f} ± " + ("unknown" if error is None else f"{error:.4f}")
+    return (f"{label} lies {place} the sampler's frontier: {value} in {name} (above 0 is better) "
+            "against the sampler at the same PSNR, or the nearest it reaches")
 
 
 def draw_frontier(path, rows: dict, points: dict, names: list[str], first: str):
@@ -94,14 +101,13 @@ def draw_frontier(path, rows: dict, points: dict, names: list[str], first: str):
             ax.plot(*zip(*(xy[K, eta] for K in FRONTIER_STEPS)), "o-", ms=3, lw=.8, color=str(
                 .45 + .4 * eta), label=f"{first}, eta {eta:g}, K = {FRONTIER_STEPS[0]} ... "
                 f"{FRONTIER_STEPS[-1]} (right to left)")
-        sign = -1 if name == "lpips" else 1
-        edge = hull([(x, sign * y) for x, y in xy.values()])
+        edge = hull([(x, sign(name) * y) for x, y in xy.values()])
         ax.plot(*zip(*(list(xy.values())[i] for i in edge)), "k--", lw=1.2, label="frontier")
         for label, row in rows.items():
             error = [standard_error(row[k] - rows[first][k]) for k in ("psnr", name)]
             ax.errorbar(row["psnr"].mean(), row[name].mean(), error[1], error[0], fmt="s", ms=6,
                         capsize=2, lw=.8, label=label)
-        if name == "lpips":
+        if sign(name) < 0:
             ax.invert_yaxis()       # up is better in every panel
         ax.set(xlabel="PSNR, dB (right is more faithful)", ylabel=f"{name} (up is better)")
         ax.legend(fontsize=7)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support.cli import UserError
-from support.data import graded, read_photo, to_float
+from support.cli import UserError, read_table
+from support.data import graded, to_float
+from support.photos import read_photo
 
 COLUMNS = ["path_a", "path_b", "preferred", "path_gt"]     # of the CSV file; path_gt is optional
 MIN_LABELS = 10     # ours: fewer cannot fit six numbers and leave some to check them
@@ -71,11 +72,7 @@ def read_labels(path, size: int):
     +1 where a is preferred and -1 where b is. Rows without a preference are skipped. Raises
     UserError if the file cannot be used."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:     # Excel's files have a mark
-            text = file.read()
-        table = csv.DictReader(text.splitlines(), restval="",
-                               delimiter=";" if ";" in text.partition("\n")[0] else ",")
-        rows, named = list(table), table.fieldnames or []
+        rows, named = read_table(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--labels {path}: known, svm, or a readable CSV file ({error})") from None
     if not {*COLUMNS[:3]} <= {*named}:

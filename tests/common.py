@@ -1,6 +1,7 @@
 """What tests share: noise and a tiny network, runs of tiny presets, and the comparison of runs."""
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,3 +74,10 @@ def same(a, b, where=""):
         assert torch.equal(a, b), where
     else:
         assert a == b, where
+
+
+def gradient(height=64, width=64):
+    """Smooth colours in which left, right, top and bottom all differ: uint8 (H, W, 3)."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([255 * x / (width - 1), 255 * y / (height - 1), 255 * (x + y)
+                     / (height + width - 2)], axis=-1).round().astype(np.uint8)

@@ -1,5 +1,10 @@
 """Nothing lost, nothing let in: signals, full disks, NaN, two runs in one folder, foreign files."""
+import argparse
+import fcntl
+import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +19,8 @@ import evaluate
 import train
 from common import SMALL, run, same
 from support import checkpoint
-from support.cli import UserError
-from support.data import read_photo
+from support.cli import UserError, run_main
+from support.data import Photos
 from support.labels import read_labels
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +31,9 @@ pytestmark = pytest.mark.usefixtures("little_work")
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
     command = [sys.executable, ROOT / "train.py", "--mode", "sft", "--out", tmp_path / "sft",
                "--faces", "24", *SMALL, "--every", "100000", "--steps", "100000"]
-    child = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                             stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    child = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
+                             cwd=tmp_path, stderr=subprocess.PIPE,
+                             env=os.environ | {"PYTHONUNBUFFERED": "1"})
     assert "from step 0 to" in child.stdout.readline()
     time.sleep(0.5)
     child.send_signal(number)
@@ -88,13 +94,54 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path, monk
     assert not list((tmp_path / "sft").glob("*.part"))
 
 
-def test_two_runs_in_one_folder_are_noticed(tmp_path):
+class Windows:
+    """What Python has there instead of fcntl: a lock on a byte of a file."""
+    LK_NBLCK = 2
+
+    @staticmethod
+    def locking(file, mode, size):
+        assert mode == Windows.LK_NBLCK and size == 1
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(13, "Permission denied") from None
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_two_runs_in_one_folder_are_noticed(tmp_path, monkeypatch, windows):
+    if windows:
+        system_open = os.open
+
+        def no_folders(path, *given, **more):
+            if Path(path).is_dir():
+                raise PermissionError(13, "Permission denied", str(path))
+            return system_open(path, *given, **more)
+        monkeypatch.setattr(os, "open", no_folders)
+        monkeypatch.setattr(checkpoint, "fcntl", None)
+        monkeypatch.setattr(checkpoint, "msvcrt", Windows, raising=False)
     with checkpoint.locked(tmp_path):
         with pytest.raises(UserError, match="another run is writing"):
             with checkpoint.locked(tmp_path):
                 pass
     with checkpoint.locked(tmp_path):           # free again
         pass
+    run("sft", tmp_path / "sft", steps=1)
+
+
+def test_a_disk_without_locks_is_one_sentence(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(checkpoint.fcntl, "flock", none)
+    with pytest.raises(UserError, match="no locks .Function not implemented"):
+        with checkpoint.locked(tmp_path):
+            pass
+
+
+def test_half_a_file_of_a_killed_run_is_removed_and_no_other(tmp_path):
+    for name in (".0123abcd.part", "film.part", "last.pt"):
+        (tmp_path / name).write_text("half")
+    with checkpoint.locked(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "film.part", "last.pt"}
 
 
 def poison(tensor):
@@ -175,15 +222,6 @@ def test_evaluate_leaves_face_out_where_there_is_no_reward_model(tmp_path, capsy
     assert "face is left out" in capsys.readouterr().out
 
 
-def test_a_huge_picture_is_refused_and_a_huge_jpeg_read_small(tmp_path):
-    huge = Image.new("L", (9000, 9000))
-    huge.save(tmp_path / "a.png")
-    huge.save(tmp_path / "a.jpg")
-    with pytest.raises(UserError, match="64,000,000 pixels"):
-        read_photo(tmp_path / "a.png", 16)
-    assert read_photo(tmp_path / "a.jpg", 16).shape == (3, 16, 16)
-
-
 def test_labels_of_a_spreadsheet(tmp_path):
     rows = ["path_a;path_b;preferred"] + [f"{i}.png;{i}.png;{p}" for i, p in
                                           enumerate(["A", "b ", " a"] * 4)]
@@ -191,3 +229,109 @@ def test_labels_of_a_spreadsheet(tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
     (tmp_path / "pairs.csv").write_text("\n".join(rows))
     assert read_labels(tmp_path / "pairs.csv", 16)[3].tolist() == [1, -1, 1] * 4
+
+
+# ---- what a user changes between two calls ----
+
+def test_other_photos_are_noticed_on_resume(tmp_path, monkeypatch):
+    def digest():
+        return Photos.from_folder("photos", 16, "train").digest()
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        Path("photos").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(f"photos/{i:02}.png")
+    out = argparse.Namespace(data="photos", out="run")
+    saved = {"photos": digest()}
+    checkpoint.check_photos(saved, out, digest())
+    checkpoint.check_photos({}, out, digest())                  # before photos were kept
+    checkpoint.check_photos({"photos": None}, out, None)        # drawn faces
+    Path("photos").rename("moved")
+    shutil.copytree("moved", "photos")                          # copies are the same photos
+    checkpoint.check_photos(saved, out, digest())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")                   # "photos" is another folder now
+    shutil.copytree(tmp_path / "photos", "photos")
+    for change, message in (
+            (lambda: Image.new("RGB", (16, 16)).save("photos/01.png"), "other pixels"),
+            (lambda: Path("photos/01.png").rename("photos/01b.png"), "other names"),
+            (lambda: Path("photos/01b.png").unlink(), "11 photos then, 10 now")):
+        change()
+        with pytest.raises(UserError, match=f"elsewhere/photos does not hold .*{message}"):
+            checkpoint.check_photos(saved, out, digest())
+
+
+def spreadsheet(text, kind):
+    """metrics.csv as a spreadsheet saves it, in bytes."""
+    rows = [line.split(",") for line in text.splitlines()]
+    if kind == "quotes":
+        rows = [[f'"{cell}"' for cell in row] for row in rows]
+    mark, between, end = {"semicolons": ("\ufeff", ";", "\r\n"), "old Mac": ("", ",", "\r"),
+                          "quotes": ("\ufeff", ",", "\n")}[kind]
+    return (mark + "".join(between.join(row) + end for row in rows)).encode()
+
+
+@pytest.mark.parametrize("kind", ["semicolons", "old Mac", "quotes"])
+def test_a_log_that_a_spreadsheet_saved_goes_on(tmp_path, kind):
+    run("sft", tmp_path, "--every", "1", steps=2)
+    log = tmp_path / "metrics.csv"
+    before = log.read_text()
+    log.write_bytes(spreadsheet(before, kind))
+    run("sft", tmp_path, "--every", "1", "--resume", steps=3)
+    assert log.read_text().splitlines()[:4] == before.splitlines()[:4]
+    assert len(log.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace(",", "\t").encode(), lambda text: text.encode("utf-16"),
+    lambda text: text.replace(".", ",").replace(",", ";", 2).encode(), lambda text: b"\0\xff",
+    lambda text: text.replace("\n1,", "\n1.5,").encode(), lambda text: (text + "2,a\n").encode()])
+def test_a_log_that_is_none_is_one_sentence(tmp_path, change):
+    run("sft", tmp_path, "--every", "1", steps=1)
+    log, before = tmp_path / "metrics.csv", (tmp_path / "last.pt").read_bytes()
+    log.write_bytes(change(log.read_text()))
+    with pytest.raises(UserError, match="metrics.csv: not as the run wrote it .*delete it"):
+        run("sft", tmp_path, "--resume", steps=2)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    log.unlink()
+    run("sft", tmp_path, "--resume", steps=2)           # the remedy works
+
+
+# ---- devices, terminals, one image ----
+
+@pytest.mark.parametrize("name", ["cuda:99", "meta", "mps:3", "cuda:x", "hpu", "nonsense", "cpu:x"])
+def test_a_device_that_is_not_there_is_one_sentence(name):
+    with pytest.raises(UserError, match=f"--device {name}: no such device here"):
+        checkpoint.pick_device(name)
+
+
+@pytest.mark.parametrize("said", ["CUDA error: out of memory\nCUDA kernel errors might be",
+                                  "CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0"])
+def test_a_full_device_is_no_missing_one(monkeypatch, capsys, said):
+    def full(*_, **__):
+        raise RuntimeError(said)
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(UserError, match="--device cpu: its memory is full"):
+        checkpoint.pick_device("cpu")
+    with pytest.raises(SystemExit, match="error: the memory is too small"):
+        run_main(full)
+
+
+def test_a_terminal_without_the_sign_shows_another(monkeypatch):
+    for encoding, want in (("ascii", "1 ?2"), ("cp1252", "1 ±2"), ("utf-8", "1 ±2")):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        run_main(lambda: print("1 ±2", end="", flush=True))
+        assert stdout.buffer.getvalue().decode(encoding) == want
+    monkeypatch.setattr(sys, "stdout", io.StringIO())       # as a notebook's, without an encoding
+    run_main(lambda: print("1 ±2"))
+
+
+def test_a_single_image_has_no_error(runs, tmp_path, capsys):
+    evaluate.compare(evaluate.parser().parse_args(
+        ["--ckpt", *(str(runs / mode / "last.pt") for mode in ("sft", "lrpo")), "--n", "1",
+         "--frontier", "--rewards", "ssim=1", "--device", "cpu", "--out", str(tmp_path)]))
+    assert "nan" not in capsys.readouterr().out
+
+    def wrong(name):
+        raise ValueError(f"{name} is no JSON")
+    json.loads((tmp_path / "metrics.json").read_text(), parse_constant=wrong)

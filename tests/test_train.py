@@ -1,6 +1,7 @@
 """The commands as a user gives them, on networks and data sets as small as they come."""
 import csv
 import json
+import os
 import subprocess
 import sys
 import urllib.error
@@ -261,36 +262,6 @@ def test_evaluate_and_sample(runs, tmp_path, capsys):
     assert (tmp_path / "alone" / "grey.png").read_bytes() == first      # alone or in a folder
 
 
-def test_sample_loses_nothing_and_goes_on(tmp_path, runs, capsys):
-    photos, out = tmp_path / "photos", tmp_path / "out"
-    photos.mkdir()
-    for name in ("a.jpg", "a.tif", "b.gif"):
-        Image.new("RGB", (20, 20)).save(photos / name)
-    (photos / "c.heic").write_text("not read")
-    names = {p.name for p in sample.outputs(photos, out).values()}
-    assert names == {"a.jpg.png", "a.tif.png", "b.png"}
-    assert ".heic" in capsys.readouterr().err
-    command = ["--ckpt", str(runs / "sft" / "last.pt"), "--input", str(photos),
-               "--output", str(out)]
-    out.mkdir()
-    (out / "b.png").write_text("kept")
-    sample.main(sample.parser().parse_args(command))
-    assert {p.name for p in out.iterdir()} == names and (out / "b.png").read_text() == "kept"
-    assert "kept 1" in capsys.readouterr().out
-    sample.main(sample.parser().parse_args(command))        # nothing left to do
-    sample.main(sample.parser().parse_args([*command, "--overwrite"]))
-    assert Image.open(out / "b.png").size == (16, 16)
-    Image.new("RGB", (20, 20)).save(photos / "d.png")
-    for place in (photos, photos / ".." / "photos"):
-        with pytest.raises(UserError, match="would replace the photo"):
-            sample.outputs(photos, place)
-    with pytest.raises(UserError, match="is a file"):
-        sample.outputs(photos, photos / "a.jpg")
-    for sheet in (tmp_path / "none" / "s.png", tmp_path / "s.txt", photos / "d.png"):
-        with pytest.raises(UserError, match="--sheet"):
-            sample.check_sheet(sheet, overwrite=False)
-
-
 def test_labels_of_an_svm_and_of_a_person(runs, tmp_path, capsys):
     """A person's round trip: pairs are written, labelled, and learnt from."""
     sft = str(runs / "sft" / "last.pt")
@@ -430,9 +401,10 @@ def test_a_number_out_of_range_is_refused(flag, capsys):
                                      ["sample.py", "--ckpt", "none", "--input", "x",
                                       "--output", "y"],
                                      ["evaluate.py", "--ckpt", "none"],
-                                     ["-m", "tools.label_pairs", "--ckpt", "none"],
-                                     ["-m", "tools.reward_report", "--frm_weights", "none"]])
-def test_a_mistake_ends_the_program_without_a_trace(command):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+                                     ["tools/label_pairs.py", "--ckpt", "none"],
+                                     ["tools/reward_report.py", "--frm_weights", "none"]])
+def test_a_mistake_ends_the_program_without_a_trace(command, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True,
+                          text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode != 0 and done.stderr.startswith("error: ") and "none" in done.stderr
     assert done.stderr.count("\n") == 1
