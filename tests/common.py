@@ -34,14 +34,15 @@ def parameters(net):
 
 
 class Reward:
-    """A reward of one term for networks too small to restore anything: (B,) from score(x, gt)."""
+    """A reward of one term for networks too small to restore anything: (B,) from score(x, gt), the
+    same for each patch."""
 
-    def __init__(self, score=lambda x, gt: x.mean(dim=(1, 2, 3)), **terms):
-        self.score, self.terms = score, terms
+    def __init__(self, score=lambda x, gt: x.mean(dim=(1, 2, 3)), **models):
+        self.score, self.models = score, models
 
-    def __call__(self, x, gt):
+    def __call__(self, x, gt, g=1):
         r = self.score(x, gt)
-        return r, {"score": r}
+        return r.view(-1, 1, 1).expand(-1, g, g), {"score": r}
 
 
 def run(mode, out, *more, steps=3):

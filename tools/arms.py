@@ -23,7 +23,6 @@ from itertools import repeat
 from pathlib import Path
 from statistics import mean, stdev
 
-from settings import StartSettings
 from support.cli import RewardFiles, UserError, add_flags, run_main, settings_fields
 
 FULL = "lrpo --own_steps 0 --batch_size 8 --lr 1e-4"    # a rollout costs eight times as much
@@ -40,7 +39,7 @@ ARMS = {        # name: mode and flags
     "refl": "refl", "darl": "darl", "darl_half": "darl --blend .5", "darl_rl": "darl --blend 1",
     "darl_hard": "darl --blend hard", "darl_easy": "darl --blend easy",
     "darl_gt": "darl --rewards ssim=.3,dwt=.7", "darl_kl": "darl --kl_weight .1"}
-FILES = settings_fields(RewardFiles) | settings_fields(StartSettings)   # modes but sft take them
+FILES = settings_fields(RewardFiles)
 
 
 def call(*command):
