@@ -236,8 +236,7 @@ def frm_path(run):
 def reward_of(run, device, weights: dict = None):
     """The composite reward that a run is trained on (with other `weights`, if given), or without
     one the reward that chooses best.pt."""
-    if weights is None:
-        weights = parse_rewards(getattr(run, "rewards", WITHOUT_FRM))
+    weights = parse_rewards(getattr(run, "rewards", WITHOUT_FRM)) if weights is None else weights
     face = (load_face_reward(frm_path(run), size=getattr(run, "size", None))
             if "face" in weights else None)
     return load_reward(weights, run, face, device)
@@ -246,8 +245,7 @@ def reward_of(run, device, weights: dict = None):
 def frm_tflop(run) -> float:
     """The operations that trained the face reward model of a run, in 1e12; 0 if it has none, or if
     nobody counted."""
-    uses = frm_digest(run) is not None
-    return load_tensors(frm_path(run), "--frm_weights").get("tflop", 0.0) if uses else 0.0
+    return load_tensors(frm_path(run), "--frm_weights").get("tflop", 0.0) if frm_digest(run) else 0
 
 
 def frm_digest(run) -> str | None:

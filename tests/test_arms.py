@@ -55,25 +55,26 @@ def test_arms_that_are_done_are_left_and_those_that_were_stopped_go_on(tmp_path,
     calls, home = [], tmp_path / "1"
     monkeypatch.setattr(arms, "call", lambda *words: calls.append(" ".join(map(str, words))))
     for name, file in (("sft", "last.pt"), ("offline", "done"), ("refl", "last.pt"),
-                       ("darl_rl", "nothing")):
+                       ("darl_rl", "nothing"), ("sft_longer", "nothing")):
         (home / name).mkdir(parents=True)
         (home / name / file).touch()
     command = ["run", "sft_longer", "offline", "refl", "darl_rl", "--root", str(tmp_path),
                "--seeds", "1", "--lpips_weights", "FILE", "--frontier", "--steps", "7",
                "--preset", "small"]
     arms.main(command)
-    begin = f"--seed 1 --out {home}"
+    def begun(mode, arm):
+        return (f"train.py --mode {mode} --seed 1 --out {home}/{arm} --init {home}/sft/last.pt "
+                "--steps 7 --preset small ")
     assert calls == [
-        f"train.py --mode sft {begin}/sft_longer --steps 7 --preset small --steps 100000 --resume",
-        f"train.py --mode refl {begin}/refl --steps 7 --preset small --lpips_weights FILE --resume",
-        f"train.py --mode darl {begin}/darl_rl --steps 7 --preset small --lpips_weights FILE "
-        "--blend 1",
-        f"evaluate.py --out {home}/evaluation --rewards default --frontier --lpips_weights FILE "
-        f"--ckpt " + " ".join(f"{home}/{name}/last.pt" for name in (
+        begun("sft", "sft_longer") + "--steps 1000000",
+        begun("refl", "refl") + "--lpips_weights FILE --resume",
+        begun("darl", "darl_rl") + "--lpips_weights FILE --blend 1",
+        f"evaluate.py --out {home}/evaluation --rewards default --lpips_weights FILE --frontier "
+        "--ckpt " + " ".join(f"{home}/{name}/last.pt" for name in (
             "sft", "sft_longer", "offline", "refl", "darl_rl"))]
     calls.clear()
     arms.main([*command, "--init", "X.pt"])
-    assert len(calls) == 1 and "--lpips_weights FILE --ckpt X.pt " in calls[0]
+    assert len(calls) == 1 and "--frontier --ckpt X.pt " in calls[0]
     (home / "refl" / "done").unlink()
     arms.main([*command, "--init", "X.pt"])
     assert "--init X.pt" in calls[1] and calls[1].startswith("train.py --mode refl")

@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from common import noise, parameters, pictures, tiny_net
+from fidelity import FIRST_WEIGHT
 from frm import FaceRewardModel
 from model import Diffusion, ResBlock
 from refl import GAP_EVERY, ReFL, ReFLSettings, feature_distance, structure_loss
-from rewards import CompositeReward
+from rewards import CompositeReward, ssim
 from support.cli import UserError
 
 BATCH = pictures(0)
@@ -28,8 +29,8 @@ def make(reward=None, **changes):
     reward = reward or CompositeReward({"face": 0.7, "ssim": 0.3},
                                        face=FaceRewardModel().requires_grad_(False))
     return ReFL(net, Diffusion(net.config), reward, torch.Generator().manual_seed(0),
-                ReFLSettings(**dict(ddim_steps=4, lr=1e-3, refl_last=2, eta="random", frm_update_every=10,
-                                    fidelity_weight=0.0) | changes))
+                ReFLSettings(**dict(ddim_steps=4, lr=1e-3, refl_last=2, eta="random",
+                                    frm_update_every=10, fidelity_weight=0.0) | changes))
 
 
 def test_the_gradient_of_each_loss_is_its_finite_difference():
@@ -70,9 +71,9 @@ def test_the_gradient_of_each_loss_is_its_finite_difference():
 
 
 def test_exactly_one_network_call_holds_a_graph():
-    refl, graded = make(), []
-    refl.net.register_forward_hook(lambda net, _, out: graded.append(out.requires_grad))
-    refl.frozen.register_forward_hook(lambda net, _, out: graded.append(out.requires_grad))
+    refl, graded = make(reg_weight=1.0), []
+    for net in (refl.net, refl.fidelity.reference):
+        net.register_forward_hook(lambda net, _, out: graded.append(out.requires_grad))
     for _ in range(4):
         graded.clear()
         k = refl.step(BATCH)["late_step"]
@@ -87,11 +88,12 @@ def test_the_late_step_is_one_of_the_last():
         make(refl_last=5)
 
 
-def test_roll_draws_a_fresh_eta_for_each_step():
-    refl, g = make(), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("given", ["random", 0.6])
+def test_roll_has_one_eta_or_draws_a_fresh_one_for_each_step(given):
+    refl, g = make(eta=given), torch.Generator().manual_seed(0)
     x = torch.randn(BATCH[0].shape, generator=g)
     for t, s in refl.schedule[:3]:
-        eta = torch.rand((), generator=g).item()
+        eta = torch.rand((), generator=g).item() if given == "random" else given
         with torch.no_grad():
             mu, sigma, _ = refl.diffusion.ddim_step(refl.net, x, BATCH[0], t, s, eta)
         x = mu + sigma * torch.randn(x.shape, generator=g)
@@ -101,15 +103,12 @@ def test_roll_draws_a_fresh_eta_for_each_step():
 def test_the_distances_in_closed_form():
     a, b = [torch.zeros(2, 3), torch.ones(4)], [torch.full((2, 3), 2.0), torch.full((4,), 4.0)]
     assert feature_distance(a, b).item() == 4 + 9
-    one, two = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    want = (one.weight - two.weight).norm() ** 2 + (one.bias - two.bias).norm() ** 2
-    torch.testing.assert_close(weight_distance(one, two), want)
     flat = torch.zeros(1, 3, 16, 16)
     assert structure_loss(flat + 0.2, flat).item() == pytest.approx(0.1)        # on [0, 1]
 
 
 def test_the_feature_distance_sees_every_residual_block():
-    refl = make()
+    refl = make(reg_weight=1.0)
     x = noise(3, 2, 3, 16, 16)
     assert refl.losses(x, *BATCH, k=3)[0]["reg"].item() == 0
     for block in (m for m in refl.net.modules() if isinstance(m, ResBlock)):
@@ -120,7 +119,7 @@ def test_the_feature_distance_sees_every_residual_block():
 
 
 @pytest.mark.parametrize("change", [dict(struct_weight=0.0), dict(reg_weight=0.0),
-                                    dict(denoise_weight=5.0), dict(reg="weights")])
+                                    dict(fidelity_weight=5.0)])
 def test_each_switch_changes_the_update_and_not_the_roll(change):
     ends = []
     for settings in ({}, {}, change):
@@ -130,6 +129,22 @@ def test_each_switch_changes_the_update_and_not_the_roll(change):
         ends.append((first, parameters(refl.net)))
     assert torch.equal(ends[0][1], ends[1][1]) and not torch.equal(ends[0][1], ends[2][1])
     assert ends[0][0] == ends[2][0]
+
+
+def test_the_weight_of_the_squared_error_holds_the_psnr_of_the_start():
+    refl, seen = make(fidelity_weight=0.2, fidelity_margin=0.0), []
+    loss, gap = refl.losses, refl.fidelity.gap
+    refl.losses = lambda *given: (seen.append(refl.fidelity.weight), loss(*given))[1]
+    refl.fidelity.gap = lambda *given: gap(*given) - 1      # as if a decibel had been lost
+    history = [refl.step(BATCH) for _ in range(2 * GAP_EVERY)]
+    assert ["fidelity_gap" in stats for stats in history] == ([False] * (GAP_EVERY - 1)
+                                                              + [True]) * 2
+    assert seen[0] == seen[GAP_EVERY - 1] == FIRST_WEIGHT < seen[GAP_EVERY]
+    assert history[GAP_EVERY - 1]["fidelity_weight"] == FIRST_WEIGHT
+    lq, gt = BATCH
+    losses, x0_hat, _ = loss(noise(3, 2, 3, 16, 16), lq, gt, 3)
+    assert losses["fidelity"].item() == pytest.approx((x0_hat - gt).square().mean().item())
+    assert "fidelity_gap" not in make().step(BATCH)
 
 
 def test_the_reward_rises_and_the_judge_stays():

@@ -6,9 +6,10 @@
 
 An arm is a name and its flags of train.py: `ARMS`. `run` trains ROOT/SEED/ARM from ROOT/SEED/sft
 (made by train.py --mode sft --seed SEED --out ROOT/SEED/sft), or from --init. Flags that it does
-not know go to train.py, before the arm's own, so that those count. An arm that is done (it has a
-file `done`) is left as it is, and one that was stopped goes on. Then evaluate.py compares all arms
-of the seed that are done with what they started from, in ROOT/SEED/evaluation.
+not know (--tflop, for equal budgets) go to train.py, before the arm's own, so that those count. An
+arm that is done (it has a file `done`) is left as it is, and one that was stopped goes on. Then
+evaluate.py compares all arms of the seed that are done with what they started from, in
+ROOT/SEED/evaluation.
 `table` prints the mean and standard deviation over the seeds: of the start, and of the change that
 each arm makes. "beyond" (with --frontier) is the distance from the start's frontier itself.
 docs/data keeps the numbers, a value for each seed. A document marks a table by the line
@@ -16,19 +17,19 @@ docs/data keeps the numbers, a value for each seed. A document marks a table by 
 """
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from itertools import repeat
 from pathlib import Path
 from statistics import mean, stdev
 
+from settings import METHODS
 from support.cli import RewardFiles, UserError, add_flags, run_main, settings_fields
 
 FULL = "lrpo --own_steps 0 --batch_size 8 --lr 1e-4"    # a rollout costs eight times as much
 PAPER = "lrpo --recipe paper --rewards default --lpips_net squeeze --batch_size 8"
 ARMS = {        # name: mode and flags
-    "sft_longer": "sft --steps 100000",         # the baseline that others must beat: give --minutes
+    "sft_longer": "sft --steps 1000000",        # the baseline that others must beat: give --tflop
     "ours": "lrpo", "margin_0": "lrpo --fidelity_margin 0", "offline": "lrpo --rewards offline",
     "lpips_alone": "lrpo --rewards lpips=1", "face_alone": "lrpo --rewards face=1",     # strategy 1
     "likelihood_off": "lrpo --gt_weight 0", "margin_half": "lrpo --fidelity_margin .5",
@@ -49,23 +50,23 @@ def call(*command):
 
 
 def run(args, words: list[str]):
-    """Train the arms of each seed that are not done, and compare them. An arm of mode sft goes on
-    from ROOT/SEED/sft. `words`: the flags for train.py."""
+    """Train the arms of each seed that are not done, and compare them. `words`: the flags for
+    train.py."""
     files = [word for name in FILES if name in args for word in (f"--{name}", getattr(args, name))]
     for seed in args.seeds:
         home = args.root / str(seed)
+        start = args.init or home / "sft" / "last.pt"
         for arm in args.arms:
             out, (mode, *own) = home / arm, ARMS[arm].split()
-            if mode == "sft" and not out.exists():
-                shutil.copytree(home / "sft", out)
             if not (out / "done").exists():
-                call("train.py", "--mode", mode, "--seed", seed, "--out", out, *words,
-                     *files * (mode != "sft"), *own, *["--resume"] * (out / "last.pt").exists())
+                call("train.py", "--mode", mode, "--seed", seed, "--out", out, "--init", start,
+                     *words, *files * METHODS[mode].rewarded, *own,
+                     *["--resume"] * (out / "last.pt").exists())
                 (out / "done").touch()
-        start = getattr(args, "init", home / "sft" / "last.pt")
-        call("evaluate.py", "--out", home / "evaluation", "--rewards", "default",
-             *["--frontier"] * args.frontier, *files[:-2 if "init" in args else None], "--ckpt",
-             start, *(home / arm / "last.pt" for arm in ARMS if (home / arm / "done").exists()))
+        done = [home / arm / "last.pt" for arm in ARMS if (home / arm / "done").exists()]
+        judge = ["--judge_weights", args.judge_weights] if args.judge_weights else []
+        call("evaluate.py", "--out", home / "evaluation", "--rewards", "default", *files, *judge,
+             *["--frontier"] * args.frontier, "--ckpt", start, *done)
 
 
 def collect(root: Path) -> dict[str, dict[str, list[float]]]:
@@ -111,6 +112,8 @@ def main(argv=None):
     run_.add_argument("arms", nargs="+", metavar="ARM", choices=ARMS, help=", ".join(ARMS))
     run_.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     run_.add_argument("--frontier", action="store_true", help="as of evaluate.py")
+    run_.add_argument("--init", help="restorer to start from; left out: ROOT/SEED/sft/last.pt")
+    run_.add_argument("--judge_weights", help="as of evaluate.py")
     add_flags(run_, FILES, only_given=True)
     table_ = commands.add_parser("table", allow_abbrev=False, help="print the table")
     table_.add_argument("--json", type=Path, help="also write the numbers to this file")
