@@ -17,7 +17,7 @@ from frm import load_face_reward
 from model import BATCH, EVAL_ETA, load_restorer, restore
 from rewards import CompositeReward, parse_rewards, psnr, ssim
 from support.checkpoint import pick_device
-from support.cli import (ModelSettings, UserError, add_flags, make_folder, name, positive,
+from support.cli import (ModelSettings, UserError, add_flags, make_folder, not_empty, positive,
                          run_main, seed_number, settings_fields, share)
 from support.clipiqa import load_clipiqa
 from support.data import Photos, pairs, sheet
@@ -187,8 +187,8 @@ def compare(args):
 def parser() -> argparse.ArgumentParser:
     """The flags of evaluate.py."""
     p = argparse.ArgumentParser(description="Compare checkpoints on held-out faces.")
-    p.add_argument("--ckpt", type=name, nargs="+", required=True, help="the baseline first")
-    p.add_argument("--data", type=name, help="folder of photos (default: as trained)")
+    p.add_argument("--ckpt", type=not_empty, nargs="+", required=True, help="the baseline first")
+    p.add_argument("--data", type=not_empty, help="folder of photos (default: as trained)")
     p.add_argument("--n", type=positive, default=200, help="how many held-out images (200)")
     p.add_argument("--quartiles", action="store_true", help="also a table for each quarter of the "
                    "images, by how far LQ is from the ground truth")
@@ -196,13 +196,13 @@ def parser() -> argparse.ArgumentParser:
                    "and eta, and each row's distance from what those reach")
     p.add_argument("--best_of", type=positive, help="also the best by reward of n restorations by "
                    "the first checkpoint")
-    p.add_argument("--rewards", type=name, help="name=weight,... or a set (default: as "
+    p.add_argument("--rewards", type=not_empty, help="name=weight,... or a set (default: as "
                    "the first checkpoint)")
     p.add_argument("--ddim_steps", type=positive, help="K (default: each as it was trained)")
     p.add_argument("--eta", type=share, default=EVAL_ETA, help=f"DDIM noise ({EVAL_ETA})")
     p.add_argument("--seed", type=seed_number, default=0, help="of the sampler's noise (0)")
-    p.add_argument("--out", type=name, default="runs/evaluation", help="folder for metrics.json "
-                   "and the pictures, which are replaced (runs/evaluation)")
+    p.add_argument("--out", type=not_empty, default="runs/evaluation", help="folder for metrics "
+                   "and pictures, which are replaced (runs/evaluation)")
     add_flags(p, settings_fields(ModelSettings))
     return p
 

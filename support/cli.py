@@ -112,7 +112,7 @@ policy_eta = number(float, 0.001, 1)            # ours: with eta = 0 a step has 
 seed_number = number(int, 0, 2 ** 32 - 2)       # 2^32 - 1 is the seed of the held-out degradations
 
 
-def name(text: str) -> str:
+def not_empty(text: str) -> str:
     """An argparse type: any text but an empty one, which a shell makes of an unset variable."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
@@ -130,7 +130,7 @@ def setting(default, paper, meaning: str, **more):
     return field(default=default, metadata={"paper": paper, "meaning": meaning, **more})
 
 
-TYPES = {int: positive, float: amount, str: name}
+TYPES = {int: positive, float: amount, str: not_empty}
 
 
 def settings_fields(dataclass) -> dict:
