@@ -183,10 +183,11 @@ def check_resume(saved: dict, run, frm: str | None):
         raise UserError(f"--resume: the face reward model is not the one that {run.out} began with")
 
 
-def check_photos(saved: dict, run, photos: dict | None):
+def check_photos(saved: dict | None, run, photos: dict | None):
     """Raises UserError where --data no longer holds the photos that a run began with: it changed,
-    or is another folder. A moved one is the same. `photos` is that of `Photos.digest`."""
-    was = saved.get("photos") or photos     # an earlier checkpoint has none
+    or is another folder. A moved one is the same. `photos` is that of `Photos.digest`; `saved` is
+    None for a run that begins."""
+    was = (saved or {}).get("photos") or photos     # an earlier checkpoint has none
     for name, now in (photos or {}).items():
         if was[name] != now:
             what = f"{was[name]} photos then, {now} now" if name == "number" else f"other {name}"

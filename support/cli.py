@@ -119,7 +119,7 @@ def one_of(*words: str, otherwise):
     return parse
 
 
-def name(text: str) -> str:
+def not_empty(text: str) -> str:
     """An argparse type: any text but an empty one, which a shell makes of an unset variable."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
@@ -137,7 +137,7 @@ def setting(default, paper, meaning: str, **more):
     return field(default=default, metadata={"paper": paper, "meaning": meaning, **more})
 
 
-TYPES = {int: positive, float: amount, str: name}
+TYPES = {int: positive, float: amount, str: not_empty}
 
 
 def settings_fields(dataclass) -> dict:
