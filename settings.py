@@ -236,7 +236,8 @@ def frm_path(run):
 def reward_of(run, device, weights: dict = None):
     """The composite reward that a run is trained on (with other `weights`, if given), or without
     one the reward that chooses best.pt."""
-    weights = weights or parse_rewards(getattr(run, "rewards", WITHOUT_FRM))
+    if weights is None:
+        weights = parse_rewards(getattr(run, "rewards", WITHOUT_FRM))
     face = (load_face_reward(frm_path(run), size=getattr(run, "size", None))
             if "face" in weights else None)
     return load_reward(weights, run, face, device)
