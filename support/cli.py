@@ -26,7 +26,7 @@ def run_main(main):
     except UserError as error:
         sys.exit(f"error: {error}")
     except NotImplementedError as error:
-        if not str(error).startswith("exercise "):     # of a student, see tools/exercises.py
+        if not str(error).startswith("exercise "):     # of a student, see course/
             raise
         sys.exit(f"error: {error}")
     except OSError as error:
