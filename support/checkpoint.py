@@ -39,7 +39,7 @@ def load_tensors(path, flag: str, remedy: str = "") -> dict:
     damaged."""
     remedy = remedy and f"; {remedy}"
     if not Path(path).is_file():
-        what = "a folder, not the last.pt in it" if Path(path).is_dir() else "no such file"
+        what = "a folder; name the file in it" if Path(path).is_dir() else "no such file"
         raise UserError(f"{flag} {path}: {what}{remedy}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
