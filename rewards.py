@@ -61,8 +61,11 @@ def ssim_map(x: Tensor, y: Tensor) -> Tensor:
         u = F.conv2d(u.flatten(0, 1)[:, None], w.view(1, 1, 1, -1))     # (3B, 1, H, W-10)
         return F.conv2d(u, w.view(1, 1, -1, 1)).unflatten(0, x.shape[:2]).squeeze(2)
 
+    c = x.mean(dim=(2, 3), keepdim=True)        # variances of numbers near 0 lose no digits
+    x, y = x - c, y - c
     mx, my = blur(x), blur(y)                                           # (B, 3, H-10, W-10)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    mx, my = mx + c, my + c
     s = ((2 * mx * my + SSIM_C1) * (2 * cov + SSIM_C2)
          / ((mx * mx + my * my + SSIM_C1) * (vx + vy + SSIM_C2)))
     return s.mean(dim=1).to(dtype)
@@ -138,9 +141,12 @@ class LPIPS(Frozen):
             warnings.simplefilter("ignore")
             try:
                 self.lpips = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
-            except OSError:
-                raise UserError(f"LPIPS: its {net} backbone could not be fetched; give the file "
-                                f"with {flag} FILE, or use --rewards offline") from None
+            except Exception as error:      # of the network, or of a damaged file in the cache
+                if weights is not None:
+                    raise
+                raise UserError(f"LPIPS: its {net} backbone could not be fetched, or what was is "
+                                f"damaged ({type(error).__name__}); give the file with {flag} "
+                                "FILE, or use --rewards offline") from None
         if weights is not None:
             load_backbone(self.lpips.net, weights, net, flag)
         self.eval().requires_grad_(False)

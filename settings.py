@@ -30,6 +30,7 @@ from support.cli import (RewardFiles, UserError, add_flags, seed_number, setting
 from support.data import sheet, train_batch
 from support.labels import label_pairs
 
+DEMO = ["lrpo", "refl"]     # the methods that a demo compares
 SHIPPED = Path(__file__).parent / "pretrained" / "faces64.pt"   # drawn faces, from mode sft
 VALIDATION = 64         # ours: held-out images measured during training
 RESTORED_PAIRS = 512    # ours: restorations that the face reward model learns from
@@ -131,7 +132,7 @@ def parser(mode: str) -> argparse.ArgumentParser:
     if mode == "demo":
         rewarded = [name for name, method in METHODS.items() if method.rewarded]
         p.add_argument("--methods", nargs="+", choices=rewarded,
-                       help="what demo compares; default: lrpo refl")
+                       help=f"what demo compares; default: {' '.join(DEMO)}")
         p.add_argument("--judge_weights", help="as for evaluate.py")
     recipes = METHODS[mode].recipes if mode in METHODS else ()
     if recipes:
@@ -158,7 +159,7 @@ def parse(argv=None) -> dict:
                         "--help lists those that it has")
     if "data" in given and "faces" in given:
         raise UserError("--faces: --data has the photos; leave one of them out")
-    if "compile" in given and "refl" in (mode, *given.get("methods", [])):
+    if "compile" in given and "refl" in (mode, *given.get("methods", DEMO * (mode == "demo"))):
         raise UserError("--compile: a compiled network hides what refl reads; leave it out")
     if "fidelity_margin" in given and given.get("gt_weight", "auto") != "auto":
         raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one out")
