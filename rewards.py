@@ -6,8 +6,8 @@ Papers   LRPO's composite reward, strategy 1 (Wu et al. 2025, arXiv 2509.23339):
          fidelity; and the Face Reward Model, which is in frm.py.
 Departs  An average pool stands in for the low-pass band of the dual-tree wavelet. Every term sees
          the image clamped to [-1, 1]; the published code scores LPIPS without clamping. CLIP-IQA
-         averages five antonym pairs by default, the form that pyiqa made common and that LRPO's
-         code runs; the paper's single pair is PROMPTS["paper"]. They give different numbers.
+         averages five antonym pairs, as pyiqa does and so LRPO's code; the paper's single pair is
+         PROMPTS["paper"]. They give different numbers.
 
 Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,); higher is
 better. A gradient flows through each. All but CLIP-IQA are means over places, so that the same
@@ -112,8 +112,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Frozen(nn.Module):
-    """A pretrained judge: it stays in evaluation mode, so that dropout and batch norms never act
-    as in training, whatever a parent's `train` says."""
+    """A pretrained judge, which stays in evaluation mode, whatever a parent's `train` says."""
 
     def train(self, mode: bool = True):
         """Does not change the mode."""
@@ -121,8 +120,7 @@ class Frozen(nn.Module):
 
 
 LPIPS_NETS = ("squeeze", "alex", "vgg")
-LPIPS_ENLARGED_BELOW = 128  # ours, px: its networks learnt from 224 px. On smaller faces they see
-#                             little: what they reward there, other networks do not see (see docs)
+LPIPS_ENLARGED_BELOW = 128      # ours, px: its networks learnt from 224 px, and see little in less
 
 
 class LPIPS(Frozen):
@@ -130,9 +128,7 @@ class LPIPS(Frozen):
     holds the linear layers.
 
     `weights` is a file of the backbone's ImageNet features, which `flag` gave; without it
-    torchvision fetches one. Raises UserError if the file is not that backbone's, or if nothing can
-    be fetched.
-    """
+    torchvision fetches one. Raises UserError for another file, or if nothing can be fetched."""
 
     def __init__(self, net: str = "squeeze", weights: str = None, flag: str = "--lpips_weights"):
         super().__init__()
@@ -171,8 +167,8 @@ class LPIPS(Frozen):
 
 
 def load_backbone(net: nn.Module, path: str, name: str, flag: str):
-    """Copy the tensors of a file into a backbone, in order: torchvision's names differ from those
-    of lpips. Raises UserError if the shapes differ."""
+    """Copy a file's tensors into a backbone, in order, because torchvision's names differ from
+    those of lpips. Raises UserError if the shapes differ."""
     source, target = (load_tensors(path, flag, "without it the backbone is fetched"),
                       list(net.state_dict().values()))
     if isinstance(source, dict):

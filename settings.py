@@ -55,7 +55,7 @@ class Method:
         return "rewards" in settings_fields(self.settings)
 
 
-# A policy gradient is noisy: the average of the weights over some 20 rollouts improves on them.
+# A policy gradient is noisy: the average of the weights over some 20 rollouts is better.
 METHODS = {
     "sft": Method(SFT, SFTSettings, ema=0.999, warmup=100, from_sft=False, presets={
         "small": dict(steps=20_000, batch_size=64, every=1000),
@@ -244,8 +244,7 @@ def reward_of(run, device, weights: dict = None):
 
 
 def frm_tflop(run) -> float:
-    """The operations that trained the face reward model of a run, in 1e12; 0 if it has none, or if
-    nobody counted."""
+    """The operations that trained a run's face reward model, in 1e12; 0 if nobody counted."""
     return load_tensors(frm_path(run), "--frm_weights").get("tflop", 0.0) if frm_digest(run) else 0
 
 

@@ -117,6 +117,7 @@ def main(argv=None):
     add_flags(run_, FILES, only_given=True)
     table_ = commands.add_parser("table", allow_abbrev=False, help="print the table")
     table_.add_argument("--json", type=Path, help="also write the numbers to this file")
+    table_.add_argument("--columns", nargs="+", help="these only (all)")
     table_.add_argument("--from", dest="file", type=Path, help="take them from such a file")
     for q in (run_, table_):
         q.add_argument("--root", type=Path, default=Path("runs/arms"), help="(runs/arms)")
@@ -126,6 +127,8 @@ def main(argv=None):
     if words:
         p.error(f"{words[0]}: table has no such flag")
     data = json.loads(args.file.read_text()) if args.file else collect(args.root)
+    if args.columns:
+        data = {row: {k: v[k] for k in args.columns if k in v} for row, v in data.items()}
     if args.json:
         args.json.write_text(json.dumps(data).replace("}, ", "},\n ") + "\n")
     print(table(data), end="")
