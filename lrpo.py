@@ -265,7 +265,7 @@ class LRPO:
 
     def update(self, steps: list[Transition], lq: Tensor, terms: dict, loss) -> dict[str, Tensor]:
         """One optimiser step on the mean loss of `steps`. Returns the terms of the loss, (n,), the
-        norm, (1,), and the ratio (n, B, g, g) before it. Raises NotFinite, which names the cause."""
+        norm (1,) and the ratio (n, B, g, g) before it. Raises NotFinite, which names the cause."""
         self.optimizer.zero_grad()
         seen, ratios = [], []
         for step in steps:

@@ -83,9 +83,7 @@ def low_pass(x: Tensor) -> Tensor:
     """The low-pass band of an image (B, 3, H, W), H and W at least 8: (B, 3, H/4-1, W/4-1).
 
     Level 3 of the dual-tree wavelet keeps the lowest eighth of the spectrum, sampled every 4
-    pixels; so does an 8 x 8 mean taken every 4 pixels. The reference wavelet code may be used for
-    research only, so it is not used here.
-    """
+    pixels; so does an 8 x 8 mean. The reference wavelet code may be used for research only."""
     return F.avg_pool2d(x, kernel_size=8, stride=4)
 
 
@@ -105,8 +103,8 @@ def dwt_map(x: Tensor, y: Tensor) -> Tensor:
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, over RGB, of images (B, 3, H, W) in [-1, 1]: (B,). At most
-    100 dB, for equal images. It is a metric, never a reward."""
+    """PSNR in dB, over RGB, of images (B, 3, H, W) in [-1, 1]: (B,), at most 100, for equal images.
+    It is a metric, never a reward."""
     mse = ((x - y) / 2).square().mean(dim=(1, 2, 3))
     return -10 * torch.log10(mse.clamp(min=1e-10))
 
@@ -324,7 +322,7 @@ class CompositeReward:
 
 
 def patch_means(values: Tensor, g: int) -> Tensor:
-    """The means of a map (B, h, w) over g x g patches, (B, g, g). Where h is no multiple of g the
+    """The means of a map (B, h, w) over g x g patches, (B, g, g). Where g does not divide h the
     patches overlap or repeat; a constant then keeps their mean equal to the map's."""
     patches = F.adaptive_avg_pool2d(values, g)
     return patches + (values.mean(dim=(1, 2)) - patches.mean(dim=(1, 2)))[:, None, None]
