@@ -85,10 +85,10 @@ def test_each_image_is_blended_by_its_own_lambda():
             p += 0.01 * noise(p.numel(), *p.shape)
     diffusion, lam = darl.lrpo.diffusion, torch.tensor([0.1, 0.9, 0.4, 1.0])
     mu, sigma, _ = diffusion.ddim_step(darl.net, step.x, lq, step.t, step.s, 1.0)
-    pg, state = noise(5, 12), darl.lrpo.generator.get_state()
+    pg, state = noise(5, 12, 2, 2), darl.lrpo.generator.get_state()
     loss, parts = darl.loss(step, lq, gt, lam, mu[ROWS], sigma, pg)
     supervised = diffusion.loss(darl.net, lq, gt, torch.Generator().set_state(state))
-    want = sum(lam[i // 3] * pg[i] for i in range(12)) / 12
+    want = sum(lam[i // 3] * pg[i].mean() for i in range(12)) / 12
     want = want + 3 * sum((1 - lam[i]) * supervised[i] for i in range(4)) / 4
     ref = diffusion.ddim_step(tiny_net(), step.x, lq, step.t, step.s, 1.0)[0]
     Normal = torch.distributions.Normal
@@ -101,13 +101,14 @@ def test_stepwise_credit_is_what_is_gained_after_the_step():
     darl = make(stepwise="on", own_steps=2)             # its first step still starts as a group
     restored, steps = darl.lrpo.rollout(BATCH[0])
     with torch.no_grad():
-        credit = darl.step_rewards(restored.mean(dim=(1, 2, 3)), steps, BATCH[1][ROWS])
+        credit = darl.step_rewards(restored.mean(dim=(1, 2, 3)).view(12, 1, 1), steps,
+                                   BATCH[1][ROWS])
         for step, mine in zip(steps, credit, strict=True):
             rows = ROWS if len(step.x) == 4 else slice(None)
             x0_hat = darl.lrpo.diffusion.ddim_step(darl.net, step.x[rows], BATCH[0][ROWS], step.t,
                                                    step.s, 1.0)[2]
             want = (restored - x0_hat).mean(dim=(1, 2, 3))
-            torch.testing.assert_close(mine, want, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(mine, want.view(12, 1, 1), rtol=1e-3, atol=1e-5)
     R = restored.mean(dim=(1, 2, 3))
     assert torch.equal(make().step_rewards(R, steps, None), R[None])
     with pytest.raises(UserError, match="needs --own_steps 0"):
