@@ -4,6 +4,7 @@ import statistics
 
 import pytest
 
+import evaluate
 import settings
 from support.cli import UserError
 from tools import arms
@@ -15,7 +16,7 @@ SEEDS = ({"sft": [20.0, .25, .5], "a": [20.5, .5, .5]},
 def test_every_arm_is_a_command_and_no_two_are_the_same():
     seen = []
     for name, flags in arms.ARMS.items():
-        given = settings.parse(["--mode", *flags.split()])
+        given = settings.parse(["--mode", *flags.split(), "--preset", "drawn64"])
         run = settings.resolve(given.pop("mode"), given)
         settings.method_values(run)
         assert vars(run) not in seen, name
@@ -55,21 +56,20 @@ def test_arms_that_are_done_are_left_and_those_that_were_stopped_go_on(tmp_path,
     calls, home = [], tmp_path / "1"
     monkeypatch.setattr(arms, "call", lambda *words: calls.append(" ".join(map(str, words))))
     for name, file in (("sft", "last.pt"), ("offline", "done"), ("refl", "last.pt"),
-                       ("darl_rl", "nothing")):
+                       ("darl_rl", "nothing"), ("sft_longer", "nothing")):
         (home / name).mkdir(parents=True)
         (home / name / file).touch()
     command = ["run", "sft_longer", "offline", "refl", "darl_rl", "--root", str(tmp_path),
-               "--seeds", "1", "--lpips_weights", "FILE", "--frontier", "--steps", "7",
-               "--preset", "small"]
+               "--seeds", "1", "--lpips_weights", "FILE", "--frontier", "--tflop", "7",
+               "--preset", "small", "--judge_weights", "ALEX"]
     arms.main(command)
-    begin = f"--seed 1 --out {home}"
+    begin, more = f"--seed 1 --out {home}", f"--init {home}/sft/last.pt --tflop 7 --preset small"
     assert calls == [
-        f"train.py --mode sft {begin}/sft_longer --steps 7 --preset small --steps 100000 --resume",
-        f"train.py --mode refl {begin}/refl --steps 7 --preset small --lpips_weights FILE --resume",
-        f"train.py --mode darl {begin}/darl_rl --steps 7 --preset small --lpips_weights FILE "
-        "--blend 1",
-        f"evaluate.py --out {home}/evaluation --rewards default --frontier --lpips_weights FILE "
-        f"--ckpt " + " ".join(f"{home}/{name}/last.pt" for name in (
+        f"train.py --mode sft {begin}/sft_longer {more} --steps 1000000",
+        f"train.py --mode refl {begin}/refl {more} --lpips_weights FILE --resume",
+        f"train.py --mode darl {begin}/darl_rl {more} --lpips_weights FILE --blend 1",
+        f"evaluate.py --out {home}/evaluation --rewards default --frontier --judge_weights ALEX "
+        f"--lpips_weights FILE --ckpt " + " ".join(f"{home}/{name}/last.pt" for name in (
             "sft", "sft_longer", "offline", "refl", "darl_rl"))]
     calls.clear()
     arms.main([*command, "--init", "X.pt"])
@@ -77,3 +77,9 @@ def test_arms_that_are_done_are_left_and_those_that_were_stopped_go_on(tmp_path,
     (home / "refl" / "done").unlink()
     arms.main([*command, "--init", "X.pt"])
     assert "--init X.pt" in calls[1] and calls[1].startswith("train.py --mode refl")
+    for call in calls[1:]:                      # train.py and evaluate.py take what they are given
+        program, *flags = call.split()
+        if program == "train.py":
+            settings.parse(flags)
+        else:
+            evaluate.parser().parse_args(flags)

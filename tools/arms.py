@@ -1,14 +1,15 @@
 """Run arms of an experiment over several seeds, and print what each of them changed.
 
-    python -m tools.arms run ours likelihood_off --root runs/arms --seeds 0 1 2 --steps 40
+    python -m tools.arms run ours refl sft_longer --root runs/arms --seeds 0 1 2 --tflop 300
     python -m tools.arms table --root runs/arms --json docs/data/NAME.json
     python -m tools.arms table --from docs/data/NAME.json
 
-An arm is a name and its flags of train.py: `ARMS`. `run` trains ROOT/SEED/ARM from ROOT/SEED/sft
-(made by train.py --mode sft --seed SEED --out ROOT/SEED/sft), or from --init. Flags that it does
-not know go to train.py, before the arm's own, so that those count. An arm that is done (it has a
-file `done`) is left as it is, and one that was stopped goes on. Then evaluate.py compares all arms
-of the seed that are done with what they started from, in ROOT/SEED/evaluation.
+An arm is a name and its flags of train.py: `ARMS`. `run` trains ROOT/SEED/ARM from --init, or from
+ROOT/SEED/sft (made by train.py --mode sft --seed SEED --out ROOT/SEED/sft). Flags that it does not
+know go to train.py, before the arm's own, so that those count; with --tflop every arm gets as many
+operations. An arm that is done (it has a file `done`) is left as it is, and one that was stopped
+goes on. Then evaluate.py compares all arms of the seed that are done with what they started from,
+in ROOT/SEED/evaluation.
 `table` prints the mean and standard deviation over the seeds: of the start, and of the change that
 each arm makes. "beyond" (with --frontier) is the distance from the start's frontier itself.
 docs/data keeps the numbers, a value for each seed. A document marks a table by the line
@@ -16,31 +17,35 @@ docs/data keeps the numbers, a value for each seed. A document marks a table by 
 """
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from itertools import repeat
 from pathlib import Path
 from statistics import mean, stdev
 
-from settings import StartSettings
+from settings import RunSettings
 from support.cli import RewardFiles, UserError, add_flags, run_main, settings_fields
 
 FULL = "lrpo --own_steps 0 --batch_size 8 --lr 1e-4"    # a rollout costs eight times as much
 PAPER = "lrpo --recipe paper --rewards default --lpips_net squeeze --batch_size 8"
 ARMS = {        # name: mode and flags
-    "sft_longer": "sft --steps 100000",         # the baseline that others must beat: give --minutes
-    "ours": "lrpo", "margin_0": "lrpo --fidelity_margin 0", "offline": "lrpo --rewards offline",
-    "lpips_alone": "lrpo --rewards lpips=1", "face_alone": "lrpo --rewards face=1",     # strategy 1
+    "sft_longer": "sft --steps 1000000",        # the baseline that others must beat: give --tflop
+    "ours": "lrpo", "credit_0": "lrpo --credit 0", "margin_0": "lrpo --fidelity_margin 0",
+    "offline": "lrpo --rewards offline",                                                # strategy 1
+    "lpips_alone": "lrpo --rewards lpips=1", "face_alone": "lrpo --rewards face=1",
     "likelihood_off": "lrpo --gt_weight 0", "margin_half": "lrpo --fidelity_margin .5",
     "likelihood_alone": "lrpo --pg_weight 0 --gt_weight 7",                             # strategy 2
     "full": FULL, "full_unweighted": f"{FULL} --noise_level_weights off",               # strategy 3
     "paper": PAPER, "paper_fast": f"{PAPER} --ddim_steps 5 --lr 1e-4",
     "group_2": "lrpo --group 2 --batch_size 128", "group_16": "lrpo --group 16 --batch_size 16",
-    "refl": "refl", "darl": "darl", "darl_half": "darl --blend .5", "darl_rl": "darl --blend 1",
+    "refl": "refl", "refl_fixed": "refl --frm_update_every 0",
+    "refl_offline": "refl --rewards offline",
+    "refl_paper": "refl --recipe paper --lpips_net squeeze --ddim_steps 5 --lr 1e-4",
+    "darl": "darl", "darl_half": "darl --blend .5", "darl_rl": "darl --blend 1",
     "darl_hard": "darl --blend hard", "darl_easy": "darl --blend easy",
     "darl_gt": "darl --rewards ssim=.3,dwt=.7", "darl_kl": "darl --kl_weight .1"}
-FILES = settings_fields(RewardFiles) | settings_fields(StartSettings)   # modes but sft take them
+FILES = settings_fields(RewardFiles)            # modes but sft take them, and evaluate.py
+START = {"init": settings_fields(RunSettings)["init"]}
 
 
 def call(*command):
@@ -50,23 +55,23 @@ def call(*command):
 
 
 def run(args, words: list[str]):
-    """Train the arms of each seed that are not done, and compare them. An arm of mode sft goes on
-    from ROOT/SEED/sft. `words`: the flags for train.py."""
+    """Train the arms of each seed that are not done, and compare them. `words`: the flags for
+    train.py."""
     files = [word for name in FILES if name in args for word in (f"--{name}", getattr(args, name))]
     for seed in args.seeds:
         home = args.root / str(seed)
+        start = getattr(args, "init", home / "sft" / "last.pt")
         for arm in args.arms:
             out, (mode, *own) = home / arm, ARMS[arm].split()
-            if mode == "sft" and not out.exists():
-                shutil.copytree(home / "sft", out)
             if not (out / "done").exists():
-                call("train.py", "--mode", mode, "--seed", seed, "--out", out, *words,
-                     *files * (mode != "sft"), *own, *["--resume"] * (out / "last.pt").exists())
+                call("train.py", "--mode", mode, "--seed", seed, "--out", out, "--init", start,
+                     *words, *files * (mode != "sft"), *own,
+                     *["--resume"] * (out / "last.pt").exists())
                 (out / "done").touch()
-        start = getattr(args, "init", home / "sft" / "last.pt")
+        judge = ["--judge_weights", args.judge_weights] if args.judge_weights else []
         call("evaluate.py", "--out", home / "evaluation", "--rewards", "default",
-             *["--frontier"] * args.frontier, *files[:-2 if "init" in args else None], "--ckpt",
-             start, *(home / arm / "last.pt" for arm in ARMS if (home / arm / "done").exists()))
+             *["--frontier"] * args.frontier, *judge, *files, "--ckpt", start, *(
+                 home / arm / "last.pt" for arm in ARMS if (home / arm / "done").exists()))
 
 
 def collect(root: Path) -> dict[str, dict[str, list[float]]]:
@@ -112,7 +117,8 @@ def main(argv=None):
     run_.add_argument("arms", nargs="+", metavar="ARM", choices=ARMS, help=", ".join(ARMS))
     run_.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     run_.add_argument("--frontier", action="store_true", help="as of evaluate.py")
-    add_flags(run_, FILES, only_given=True)
+    run_.add_argument("--judge_weights", help="as of evaluate.py")
+    add_flags(run_, FILES | START, only_given=True)
     table_ = commands.add_parser("table", allow_abbrev=False, help="print the table")
     table_.add_argument("--json", type=Path, help="also write the numbers to this file")
     table_.add_argument("--from", dest="file", type=Path, help="take them from such a file")
