@@ -29,7 +29,7 @@ from model import BATCH, EVAL_ETA, load_restorer, restore
 from rewards import (LPIPS, LPIPS_ENLARGED_BELOW, LPIPS_NETS, load_reward, parse_rewards, psnr,
                      ssim)
 from support.checkpoint import pick_device
-from support.cli import (ModelSettings, UserError, add_flags, make_folder, name, positive,
+from support.cli import (ModelSettings, UserError, add_flags, make_folder, not_empty, positive,
                          run_main, seed_number, settings_fields, share)
 from support.data import Photos, pairs
 from support.frontier import (FRONTIER_STEPS, distances_beyond, draw_frontier, sampler_points,
@@ -201,8 +201,8 @@ def compare(args):
 def parser() -> argparse.ArgumentParser:
     """The flags of evaluate.py."""
     p = argparse.ArgumentParser(description="Compare checkpoints on held-out faces.")
-    p.add_argument("--ckpt", type=name, nargs="+", required=True, help="the baseline first")
-    p.add_argument("--data", type=name, help="folder of photos (default: as trained)")
+    p.add_argument("--ckpt", type=not_empty, nargs="+", required=True, help="the baseline first")
+    p.add_argument("--data", type=not_empty, help="folder of photos (default: as trained)")
     p.add_argument("--n", type=positive, default=200, help="how many held-out images (200)")
     p.add_argument("--frontier", action="store_true", help="also the first checkpoint at other K "
                    "and eta, and each row's distance from what those reach")
@@ -210,14 +210,14 @@ def parser() -> argparse.ArgumentParser:
                    "the first checkpoint")
     p.add_argument("--judge_net", default="alex", choices=LPIPS_NETS, help="backbone of the LPIPS "
                    "that judges (alex)")
-    p.add_argument("--judge_weights", type=name, help="file of that backbone; left out: fetched")
-    p.add_argument("--rewards", type=name, help="name=weight,... or a set (default: that of the "
-                   "first checkpoint trained on one)")
+    p.add_argument("--judge_weights", type=not_empty, help="its file; left out: fetched")
+    p.add_argument("--rewards", type=not_empty, help="name=weight,... or a set (default: that of "
+                   "the first checkpoint trained on one)")
     p.add_argument("--ddim_steps", type=positive, help="K (default: each as it was trained)")
     p.add_argument("--eta", type=share, default=EVAL_ETA, help=f"DDIM noise ({EVAL_ETA})")
     p.add_argument("--seed", type=seed_number, default=0, help="of the sampler's noise (0)")
-    p.add_argument("--out", type=name, default="runs/evaluation", help="folder for metrics.json "
-                   "and the pictures, which are replaced (runs/evaluation)")
+    p.add_argument("--out", type=not_empty, default="runs/evaluation", help="folder for metrics "
+                   "and pictures, which are replaced (runs/evaluation)")
     add_flags(p, settings_fields(ModelSettings))
     return p
 

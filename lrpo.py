@@ -258,14 +258,14 @@ class LRPO:
         std = R.mean(dim=(1, 2)).view(-1, self.settings.group).std(dim=1, correction=0)     # (P,)
         return {"reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
                 "reward_std": std.mean(), "equal_groups": (std < MIN_STD).float().mean(),
-                **{k: torch.stack([u[k] for u in last]).mean() for k in last[0]},
+                **{k: torch.cat([u[k] for u in last]).mean() for k in last[0]},
                 "first_off_max": (first - 1).abs().max(),
                 "ratio_mean": ratio.mean(), "ratio_max": ratio.max(),
                 "clip_fraction": ((ratio - 1).abs() > self.clip).float().mean()}
 
     def update(self, steps: list[Transition], lq: Tensor, terms: dict, loss) -> dict[str, Tensor]:
-        """One optimiser step on the mean loss of `steps`. Returns the terms of the loss, scalars,
-        and the ratio (n, B, g, g) before it. Raises NotFinite, which names what is not finite."""
+        """One optimiser step on the mean loss of `steps`. Returns the terms of the loss, (n,), the
+        norm (1,) and the ratio (n, B, g, g) before it. Raises NotFinite, which names the cause."""
         self.optimizer.zero_grad()
         seen, ratios = [], []
         for step in steps:
@@ -278,9 +278,9 @@ class LRPO:
             ratios.append(ratio.detach())
             parts["approx_kl"] = (step.log_prob - log_prob).mean()      # KL(pi_old || pi) / 3HW
             seen.append({k: v.detach() for k, v in parts.items()})
-        metrics = {k: torch.stack([u[k] for u in seen]).mean() for k in seen[0]}
-        grad_norm = optimiser_step(self.optimizer, terms | metrics, MAX_GRAD_NORM)
-        return {**metrics, "grad_norm": grad_norm, "ratio": torch.stack(ratios)}
+        metrics = {k: torch.stack([u[k] for u in seen]) for k in seen[0]}
+        norm = optimiser_step(self.optimizer, terms | metrics, MAX_GRAD_NORM)
+        return {**metrics, "grad_norm": norm[None], "ratio": torch.stack(ratios)}
 
     def numbers(self, stats: dict[str, Tensor]) -> dict[str, float]:
         """The metrics as numbers. Raises RuntimeError if the ratio was not 1 before the first

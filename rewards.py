@@ -6,8 +6,8 @@ Papers   LRPO's composite reward, strategy 1 (Wu et al. 2025, arXiv 2509.23339):
          fidelity; and the Face Reward Model, which is in frm.py.
 Departs  An average pool stands in for the low-pass band of the dual-tree wavelet. Every term sees
          the image clamped to [-1, 1]; the published code scores LPIPS without clamping. CLIP-IQA
-         averages five antonym pairs by default, the form that pyiqa made common and that LRPO's
-         code runs; the paper's single pair is PROMPTS["paper"]. They give different numbers.
+         averages five antonym pairs, as pyiqa does and so LRPO's code; the paper's single pair is
+         PROMPTS["paper"]. They give different numbers.
 
 Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,); higher is
 better. A gradient flows through each. All but CLIP-IQA are means over places, so that the same
@@ -61,8 +61,11 @@ def ssim_map(x: Tensor, y: Tensor) -> Tensor:
         u = F.conv2d(u.flatten(0, 1)[:, None], w.view(1, 1, 1, -1))     # (3B, 1, H, W-10)
         return F.conv2d(u, w.view(1, 1, -1, 1)).unflatten(0, x.shape[:2]).squeeze(2)
 
+    c = x.mean(dim=(2, 3), keepdim=True)        # variances of numbers near 0 lose no digits
+    x, y = x - c, y - c
     mx, my = blur(x), blur(y)                                           # (B, 3, H-10, W-10)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    mx, my = mx + c, my + c
     s = ((2 * mx * my + SSIM_C1) * (2 * cov + SSIM_C2)
          / ((mx * mx + my * my + SSIM_C1) * (vx + vy + SSIM_C2)))
     return s.mean(dim=1).to(dtype)
@@ -80,9 +83,7 @@ def low_pass(x: Tensor) -> Tensor:
     """The low-pass band of an image (B, 3, H, W), H and W at least 8: (B, 3, H/4-1, W/4-1).
 
     Level 3 of the dual-tree wavelet keeps the lowest eighth of the spectrum, sampled every 4
-    pixels; so does an 8 x 8 mean taken every 4 pixels. The reference wavelet code may be used for
-    research only, so it is not used here.
-    """
+    pixels; so does an 8 x 8 mean. The reference wavelet code may be used for research only."""
     return F.avg_pool2d(x, kernel_size=8, stride=4)
 
 
@@ -102,15 +103,14 @@ def dwt_map(x: Tensor, y: Tensor) -> Tensor:
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, over RGB, of images (B, 3, H, W) in [-1, 1]: (B,). At most
-    100 dB, for equal images. It is a metric, never a reward."""
+    """PSNR in dB, over RGB, of images (B, 3, H, W) in [-1, 1]: (B,), at most 100, for equal images.
+    It is a metric, never a reward."""
     mse = ((x - y) / 2).square().mean(dim=(1, 2, 3))
     return -10 * torch.log10(mse.clamp(min=1e-10))
 
 
 class Frozen(nn.Module):
-    """A pretrained judge: it stays in evaluation mode, so that dropout and batch norms never act
-    as in training, whatever a parent's `train` says."""
+    """A pretrained judge, which stays in evaluation mode, whatever a parent's `train` says."""
 
     def train(self, mode: bool = True):
         """Does not change the mode."""
@@ -118,8 +118,7 @@ class Frozen(nn.Module):
 
 
 LPIPS_NETS = ("squeeze", "alex", "vgg")
-LPIPS_ENLARGED_BELOW = 128  # ours, px: its networks learnt from 224 px. On smaller faces they see
-#                             little: what they reward there, other networks do not see (see docs)
+LPIPS_ENLARGED_BELOW = 128      # ours, px: its networks learnt from 224 px, and see little in less
 
 
 class LPIPS(Frozen):
@@ -127,9 +126,7 @@ class LPIPS(Frozen):
     holds the linear layers.
 
     `weights` is a file of the backbone's ImageNet features, which `flag` gave; without it
-    torchvision fetches one. Raises UserError if the file is not that backbone's, or if nothing can
-    be fetched.
-    """
+    torchvision fetches one. Raises UserError for another file, or if nothing can be fetched."""
 
     def __init__(self, net: str = "squeeze", weights: str = None, flag: str = "--lpips_weights"):
         super().__init__()
@@ -138,9 +135,12 @@ class LPIPS(Frozen):
             warnings.simplefilter("ignore")
             try:
                 self.lpips = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
-            except OSError:
-                raise UserError(f"LPIPS: its {net} backbone could not be fetched; give the file "
-                                f"with {flag} FILE, or use --rewards offline") from None
+            except Exception as error:      # of the network, or of a damaged file in the cache
+                if weights is not None:
+                    raise
+                raise UserError(f"LPIPS: its {net} backbone could not be fetched, or what was is "
+                                f"damaged ({type(error).__name__}); give the file with {flag} "
+                                "FILE, or use --rewards offline") from None
         if weights is not None:
             load_backbone(self.lpips.net, weights, net, flag)
         self.eval().requires_grad_(False)
@@ -165,8 +165,8 @@ class LPIPS(Frozen):
 
 
 def load_backbone(net: nn.Module, path: str, name: str, flag: str):
-    """Copy the tensors of a file into a backbone, in order: torchvision's names differ from those
-    of lpips. Raises UserError if the shapes differ."""
+    """Copy a file's tensors into a backbone, in order, because torchvision's names differ from
+    those of lpips. Raises UserError if the shapes differ."""
     source, target = (load_tensors(path, flag, "without it the backbone is fetched"),
                       list(net.state_dict().values()))
     if isinstance(source, dict):
@@ -268,7 +268,7 @@ SETS = {
     "paper-alt": "face=.4,lpips=.2,clipiqa=.2,dwt=.2",  # LRPO's code, the alternative
     "default": "lpips=.7,face=.1,dwt=.1,ssim=.1",   # ours; measured in docs/results.md
     "no-face": "lpips=.4,clipiqa=.2,ssim=.4",   # ours: without a face reward model
-    "offline": "ssim=.2,dwt=.5,face=.3"}    # ours; nothing has to be downloaded
+    "offline": "face=1,ssim=.3"}    # ours: for refl, with nothing pretrained
 REWARDS_HELP = f"name=weight,..., or a set: {', '.join(SETS)}"      # of the flag --rewards
 TERMS = ("ssim", "dwt", "lpips", "clipiqa", "face")
 MIN_SIDE = 16       # the Face Reward Model halves the side four times; SSIM needs 11, dwt 8
@@ -322,7 +322,7 @@ class CompositeReward:
 
 
 def patch_means(values: Tensor, g: int) -> Tensor:
-    """The means of a map (B, h, w) over g x g patches, (B, g, g). Where h is no multiple of g the
+    """The means of a map (B, h, w) over g x g patches, (B, g, g). Where g does not divide h the
     patches overlap or repeat; a constant then keeps their mean equal to the map's."""
     patches = F.adaptive_avg_pool2d(values, g)
     return patches + (values.mean(dim=(1, 2)) - patches.mean(dim=(1, 2)))[:, None, None]

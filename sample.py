@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from model import EVAL_ETA, load_restorer, restore
 from support.checkpoint import pick_device, replacing
-from support.cli import (UserError, is_blocked, make_folder, name, positive, run_main, seed_number,
-                         share)
+from support.cli import (UserError, is_blocked, make_folder, not_empty, positive, run_main,
+                         seed_number, share)
 from support.data import sheet, to_float, to_uint8
 from support.photos import find_photos, read_photo
 
@@ -121,11 +121,11 @@ def write(path, picture):
 def parser() -> argparse.ArgumentParser:
     """The flags of sample.py."""
     p = argparse.ArgumentParser(description="Restore a face photo, or a folder of them.")
-    p.add_argument("--ckpt", type=name, required=True, help="checkpoint of train.py")
-    p.add_argument("--input", type=name, required=True, help="a photo, or a folder and those in it")
-    p.add_argument("--output", type=name, required=True, help="folder for the restored PNGs")
+    p.add_argument("--ckpt", type=not_empty, required=True, help="checkpoint of train.py")
+    p.add_argument("--input", type=not_empty, required=True, help="a photo, or a folder of them")
+    p.add_argument("--output", type=not_empty, required=True, help="folder for the restored PNGs")
     p.add_argument("--overwrite", action="store_true", help="replace earlier restorations")
-    p.add_argument("--sheet", type=name, help="also write all, input | restored, to this PNG")
+    p.add_argument("--sheet", type=not_empty, help="also write all, input | restored, to this PNG")
     p.add_argument("--ddim_steps", type=positive, help="K, sampling steps (default: as trained)")
     p.add_argument("--eta", type=share, default=EVAL_ETA,
                    help=f"0: no noise along the way, 1: as in training (default {EVAL_ETA})")

@@ -30,6 +30,7 @@ from support.cli import (RewardFiles, UserError, add_flags, seed_number, setting
 from support.data import sheet, train_batch
 from support.labels import label_pairs
 
+DEMO = ["lrpo", "refl"]     # the methods that a demo compares
 SHIPPED = Path(__file__).parent / "pretrained" / "faces64.pt"   # drawn faces, from mode sft
 VALIDATION = 64         # ours: held-out images measured during training
 RESTORED_PAIRS = 512    # ours: restorations that the face reward model learns from
@@ -54,7 +55,7 @@ class Method:
         return "rewards" in settings_fields(self.settings)
 
 
-# A policy gradient is noisy: the average of the weights over some 20 rollouts improves on them.
+# A policy gradient is noisy: the average of the weights over some 20 rollouts is better.
 METHODS = {
     "sft": Method(SFT, SFTSettings, ema=0.999, warmup=100, from_sft=False, presets={
         "small": dict(steps=20_000, batch_size=64, every=1000),
@@ -131,7 +132,7 @@ def parser(mode: str) -> argparse.ArgumentParser:
     if mode == "demo":
         rewarded = [name for name, method in METHODS.items() if method.rewarded]
         p.add_argument("--methods", nargs="+", choices=rewarded,
-                       help="what demo compares; default: lrpo refl")
+                       help=f"what demo compares; default: {' '.join(DEMO)}")
         p.add_argument("--judge_weights", help="as for evaluate.py")
     recipes = METHODS[mode].recipes if mode in METHODS else ()
     if recipes:
@@ -158,7 +159,7 @@ def parse(argv=None) -> dict:
                         "--help lists those that it has")
     if "data" in given and "faces" in given:
         raise UserError("--faces: --data has the photos; leave one of them out")
-    if "compile" in given and "refl" in (mode, *given.get("methods", [])):
+    if "compile" in given and "refl" in (mode, *given.get("methods", DEMO * (mode == "demo"))):
         raise UserError("--compile: a compiled network hides what refl reads; leave it out")
     if "fidelity_margin" in given and given.get("gt_weight", "auto") != "auto":
         raise UserError("--fidelity_margin: a fixed --gt_weight is not steered; leave one out")
@@ -236,17 +237,15 @@ def frm_path(run):
 def reward_of(run, device, weights: dict = None):
     """The composite reward that a run is trained on (with other `weights`, if given), or without
     one the reward that chooses best.pt."""
-    weights = weights or parse_rewards(getattr(run, "rewards", WITHOUT_FRM))
+    weights = parse_rewards(getattr(run, "rewards", WITHOUT_FRM)) if weights is None else weights
     face = (load_face_reward(frm_path(run), size=getattr(run, "size", None))
             if "face" in weights else None)
     return load_reward(weights, run, face, device)
 
 
 def frm_tflop(run) -> float:
-    """The operations that trained the face reward model of a run, in 1e12; 0 if it has none, or if
-    nobody counted."""
-    uses = frm_digest(run) is not None
-    return load_tensors(frm_path(run), "--frm_weights").get("tflop", 0.0) if uses else 0.0
+    """The operations that trained a run's face reward model, in 1e12; 0 if nobody counted."""
+    return load_tensors(frm_path(run), "--frm_weights").get("tflop", 0.0) if frm_digest(run) else 0
 
 
 def frm_digest(run) -> str | None:

@@ -17,14 +17,14 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import support      # noqa: F401; first: it tells the threads of torch how to wait
+import support      # noqa: F401   first: it tells the threads of torch how to wait
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import evaluate
 from rewards import LPIPS, parse_rewards
-from settings import (METHODS, SHIPPED, build, fields_of, frm_digest, frm_path, frm_tflop,
+from settings import (DEMO, METHODS, SHIPPED, build, fields_of, frm_digest, frm_path, frm_tflop,
                       method_values, network, parse, resolve, reward_of)
 from sft import EMA, SFTSettings
 from support.checkpoint import (check_folder, check_photos, check_resume, load_run, locked,
@@ -37,7 +37,8 @@ from support.log import Log, plan, warn_of_collapse
 from support.optimise import NotFinite, check_finite
 
 COUNTED = 2     # ours: steps whose operations are counted; refl measures its PSNR in every second
-OFFLINE_STEPS = 540     # ours: of refl in a demo without LPIPS; it smooths first, sharpens later
+OFFLINE = {"steps": 540, "fidelity_margin": 0.1}    # ours: of refl in a demo without LPIPS, whose
+#                                                     restorations get smooth first and sharp later
 
 
 def train(run):
@@ -184,9 +185,9 @@ def demo(given: dict):
         raise UserError("--mode demo: one process trains it; leave torchrun out")
     judge = given.pop("judge_weights", None)
     given = {"preset": "drawn64", "init": str(SHIPPED)} | given
-    methods, root = given.pop("methods", ["lrpo", "refl"]), Path(given.pop("out", "runs/demo"))
+    methods, root = given.pop("methods", DEMO), Path(given.pop("out", "runs/demo"))
     if "rewards" not in given and lpips_is_missing(given):
-        methods, given = ["refl"], given | {"rewards": "offline", "steps": OFFLINE_STEPS}
+        methods, given = ["refl"], OFFLINE | given | {"rewards": "offline"}
     resume = given.pop("resume", False)
 
     def run(mode, **more):
@@ -236,11 +237,13 @@ def main(argv=None):
     run = resolve(mode, given)
     check(run)
     frm = Path(frm_path(run))
-    if METHODS[mode].rewarded and "face" in parse_rewards(run.rewards) and not frm.exists():
-        print(f"no face reward model at {frm}: training one first")
+    if METHODS[mode].rewarded and "face" in parse_rewards(run.rewards) and not (
+            run.frm_weights or frm.exists() and load_run(frm, "--frm_weights")["finished"]):
+        print(f"no face reward model at {frm}, or only a part of one: training it first")
         shared = given.keys() & fields_of("frm").keys() - {"steps", "tflop", "every", "batch_size",
                                                            "lr", "eta", "resume"}
-        train(resolve("frm", {name: given[name] for name in shared}, out=str(frm.parent)))
+        train(resolve("frm", {name: given[name] for name in shared}, out=str(frm.parent),
+                      resume=frm.exists()))
     train(run)
 
 

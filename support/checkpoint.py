@@ -39,7 +39,7 @@ def load_tensors(path, flag: str, remedy: str = "") -> dict:
     damaged."""
     remedy = remedy and f"; {remedy}"
     if not Path(path).is_file():
-        what = "a folder, not the last.pt in it" if Path(path).is_dir() else "no such file"
+        what = "a folder; name the file in it" if Path(path).is_dir() else "no such file"
         raise UserError(f"{flag} {path}: {what}{remedy}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -183,10 +183,11 @@ def check_resume(saved: dict, run, frm: str | None):
         raise UserError(f"--resume: the face reward model is not the one that {run.out} began with")
 
 
-def check_photos(saved: dict, run, photos: dict | None):
+def check_photos(saved: dict | None, run, photos: dict | None):
     """Raises UserError where --data no longer holds the photos that a run began with: it changed,
-    or is another folder. A moved one is the same. `photos` is that of `Photos.digest`."""
-    was = saved.get("photos") or photos     # an earlier checkpoint has none
+    or is another folder. A moved one is the same. `photos` is that of `Photos.digest`; `saved` is
+    None for a run that begins."""
+    was = (saved or {}).get("photos") or photos     # an earlier checkpoint has none
     for name, now in (photos or {}).items():
         if was[name] != now:
             what = f"{was[name]} photos then, {now} now" if name == "number" else f"other {name}"

@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import math
+import os
 import signal
 import sys
 from dataclasses import dataclass, field, fields
@@ -26,14 +27,18 @@ def run_main(main):
     except UserError as error:
         sys.exit(f"error: {error}")
     except NotImplementedError as error:
-        if not str(error).startswith("exercise "):     # of a student, see tools/exercises.py
+        if not str(error).startswith("exercise "):     # of a student, see course/
             raise
         sys.exit(f"error: {error}")
+    except BrokenPipeError:         # as in: sample.py ... | head
+        os._exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            sys.exit("error: --compile: no compiler works on this machine; leave it out")
         if isinstance(error, RuntimeError) and not lacks_memory(error):
             raise
         sys.exit("error: the memory is too small; try a smaller --batch_size, --size or photo")
@@ -108,7 +113,7 @@ def number(kind, low, high=math.inf):
 
 positive, at_least_two, whole = number(int, 1), number(int, 2), number(int, 0)
 amount, share = number(float, 0), number(float, 0, 1)
-policy_eta = number(float, 0.001, 1)            # ours: with eta = 0 a step has no density
+policy_eta = number(float, 0.1, 1)      # ours: as eta goes to 0 the likelihood of a step explodes
 seed_number = number(int, 0, 2 ** 32 - 2)       # 2^32 - 1 is the seed of the held-out degradations
 
 
@@ -119,7 +124,7 @@ def one_of(*words: str, otherwise):
     return parse
 
 
-def name(text: str) -> str:
+def not_empty(text: str) -> str:
     """An argparse type: any text but an empty one, which a shell makes of an unset variable."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
@@ -137,7 +142,7 @@ def setting(default, paper, meaning: str, **more):
     return field(default=default, metadata={"paper": paper, "meaning": meaning, **more})
 
 
-TYPES = {int: positive, float: amount, str: name}
+TYPES = {int: positive, float: amount, str: not_empty}
 
 
 def settings_fields(dataclass) -> dict:

@@ -11,8 +11,8 @@ import frm
 import model
 import refl
 import rewards
-from exercise_checks import (Stub, check_walk, fake_policy, far, mean, near, noise, shaped,
-                             starts_as_noise)
+from exercise_checks import (Stub, check_walk, fake_policy, far, mean, near, noise, noises, shaped,
+                             starts_as_noise, uniform)
 
 
 def scikit_ssim(x, y, **changes):
@@ -22,13 +22,13 @@ def scikit_ssim(x, y, **changes):
                                                **flags | changes) for a, b in zip(x, y)])
 
 
-def check_ssim():
+def check_ssim(call):
     u = torch.rand(3, 3, 24, 20, generator=torch.Generator().manual_seed(0)).double()
     x, y = .06 * u, .04 * u + .01 * noise(1, 3, 3, 24, 20)      # faint: the constants matter
     shown, flat = ((x + 1) / 2, (y + 1) / 2), torch.ones(1, 3, 16, 16).double()
-    got = rewards.ssim(x, y)
+    got = call(rewards.ssim, x, y)
     shaped(got, (3,), "SSIM")
-    near(rewards.ssim(x, x), torch.ones(3), "An image is equal to itself: SSIM is 1.")
+    near(call(rewards.ssim, x, x), torch.ones(3), "An image is equal to itself: SSIM is 1.")
     for wrong in (scikit_ssim(x, y, data_range=2), scikit_ssim(*shown, data_range=2),
                   scikit_ssim(x, y), scikit_ssim(x + 1, y + 1)):
         far(got, wrong, "The images and the constants C1 and C2 have to be of one data range: in "
@@ -37,9 +37,14 @@ def check_ssim():
         "weighted means under the window, without the sample correction n / (n - 1).")
     far(got, scikit_ssim(*shown, gaussian_weights=False, win_size=11), "The window is a Gaussian: "
         "pixels at its middle count more.")
-    near(rewards.ssim(.2 * flat, -.6 * flat), [(2 * .6 * .2 + 1e-4) / (.36 + .04 + 1e-4)], "Two "
-         "flat images have a SSIM in closed form. Does the window reach over the border, where "
-         "padding changes the means? Or does a constant belong to another data range?", 1e-4)
+    closed = (2 * .6 * .2 + 1e-4) / (.36 + .04 + 1e-4)
+    got_flat = call(rewards.ssim, .2 * flat, -.6 * flat)
+    near(got_flat, [closed], "Two flat images have a SSIM in closed form. Does the window reach "
+         "over the border, where padding changes the means? Or does a constant belong to another "
+         "data range?", 1e-4)
+    strong = .3 * noise(2, 2, 3, 16, 16)
+    assert call(rewards.ssim, strong, -strong).max() < 0, \
+        "SSIM is negative where one image is the other's negative."
     near(got, scikit_ssim(*shown), "Means, variances, covariance: one of them is not the weighted "
          "mean under the Gaussian window.", 1e-4)
 
@@ -48,23 +53,24 @@ def reference_low_pass(x):
     return x.unfold(2, 8, 4).unfold(3, 8, 4).mean((-1, -2))
 
 
-def check_low_pass():
+def check_low_pass(call):
     x = noise(0, 2, 3, 32, 24)
-    got = rewards.low_pass(x)
+    got = call(rewards.low_pass, x)
     assert got.shape == (2, 3, 7, 5), (f"The band has the shape {tuple(got.shape)}, not (2, 3, 7, "
                                        "5): one mean is taken every 4 pixels, without padding.")
-    near(rewards.low_pass(torch.ones(1, 3, 16, 16)), torch.ones(1, 3, 3, 3), "The band of a flat "
-         "image is the same flat image: the gain is 1.")
+    flat = call(rewards.low_pass, torch.ones(1, 3, 16, 16))
+    near(flat, torch.ones(1, 3, 3, 3), "The band of a flat image is the same flat image: the gain "
+         "is 1.")
     near(got, reference_low_pass(x), "Each value is the mean of a window of 8 x 8 pixels; the "
          "windows overlap.")
 
 
-def check_dwt():
+def check_dwt(call):
     flat = torch.zeros(2, 3, 32, 32).double()
     moved = flat + torch.tensor([.02, -.04]).view(2, 1, 1, 1)
     with patch.object(rewards, "low_pass", reference_low_pass):
-        got = rewards.dwt(moved, flat)
-        near(rewards.dwt(flat, flat), [1., 1.], "Equal images have the reward 1.")
+        got = call(rewards.dwt, moved, flat)
+        near(call(rewards.dwt, flat, flat), [1., 1.], "Equal images have the reward 1.")
         shaped(got, (2,), "The reward")
         assert (got < 1).all(), "A reward is higher for nearer images, and at most 1."
         far(got, [math.exp(-1.2), math.exp(-2.4)], "The images are in [-1, 1], but the formula "
@@ -73,59 +79,57 @@ def check_dwt():
              "of the distance, is not the one in the docstring.")
         stripes = torch.ones(1, 3, 32, 32).double()
         stripes[..., ::2] = -1
-        near(rewards.dwt(stripes, flat[:1]), [1.], "Only the low-pass bands are compared.")
+        near(call(rewards.dwt, stripes, flat[:1]), [1.], "Only the low-pass bands are compared.")
         moved = flat.clone()
         moved[..., :16] = .04
         moved[..., 16:] = -.04
-        near(rewards.dwt(moved, flat), [math.exp(-1.2 * 6 / 7)] * 2, "Differences of opposite sign "
-             "must not cancel: L1 is the mean of absolute values.", 1e-4)
+        near(call(rewards.dwt, moved, flat), [math.exp(-1.2 * 6 / 7)] * 2, "Differences of "
+             "opposite sign must not cancel: L1 is the mean of absolute values.", 1e-4)
 
 
-def check_pair_loss():
+def check_pair_loss(call):
     a, b = torch.tensor([2., -1., 0.]).double(), torch.tensor([0., 3., 0.]).double()
     each = -torch.log(torch.special.expit(a - b))
-    got = frm.pair_loss(a, b)
+    got = call(frm.pair_loss, a, b)
     assert torch.is_tensor(got) and got.shape == (), "The loss is a mean over the pairs: a scalar."
     far(got, -torch.log(torch.special.expit(b - a)).mean(), "The pair is the wrong way round: the "
         "loss should fall as the better picture's score rises.")
     far(got, each.sum(), "Take the mean over the pairs, not the sum.")
     near(got, each.mean(), "In the Bradley-Terry model the difference of two scores is a logit.")
-    wrong = frm.pair_loss(torch.tensor([-1000.]).double(), torch.tensor([0.]).double())
+    wrong = call(frm.pair_loss, torch.tensor([-1000.]).double(), torch.tensor([0.]).double())
     assert wrong.isfinite(), "For scores that are far apart the loss should be large, and finite."
     near(wrong, 1000, "For a surely wrong order the loss should grow with the distance.")
 
 
-def late_method(seen, weight=.9):
+def late_method(call):
     method = refl.ReFL.__new__(refl.ReFL)
     method.schedule, method.net = [(9, 5), (5, 2), (2, 0), (0, -1)], None
-    method.diffusion = fake_policy(method.schedule, seen, weight)
+    method.diffusion = fake_policy(method.schedule, call)
+    method.generator = torch.Generator().manual_seed(1)
     return method
 
 
-def check_roll():
-    lq, calls = noise(0, 4, 3, 8, 8) / 2 + .3, []
-    method = late_method(calls, torch.tensor(.9, dtype=torch.float64, requires_grad=True))
-    runs, etas = [], []
-    for other in (4, 5):
-        torch.manual_seed(other)
-        method.generator = torch.Generator().manual_seed(1)
-        calls.clear()
-        with torch.enable_grad():
-            runs.append(method.roll(lq, 3))
-        etas.append([float(call.eta) for call in calls])
-    x = runs[1]
-    assert [(call.t, call.s) for call in calls] == method.schedule[:3], \
+def check_roll(call):
+    lq, seen, method = noise(0, 4, 3, 16, 16) / 2 + .3, call.seen, late_method(call)
+    with torch.enable_grad():
+        x = call(method.roll, lq, 3, draws=lambda x: [
+            *noises(seen, [*(step.x for step in seen[1:]), x]),
+            *(torch.as_tensor(step.eta) for step in seen)])
+    assert [(step.t, step.s) for step in seen] == method.schedule[:3], \
         "To get to step k, take the k steps of the schedule before it, in its order."
-    starts_as_noise(calls[0].x, lq)
-    assert len({*etas[1]}) == 3, "Each step has a new eta."
-    assert all(0 <= eta <= 1 for eta in etas[1]), "eta is uniform in [0, 1]."
-    assert all(torch.equal(call.lq, lq) for call in calls), "The network sees lq at each step."
-    check_walk(calls, [call.x for call in calls[1:]] + [x])
+    starts_as_noise(seen[0].x, lq)
+    etas = [float(step.eta) for step in seen]
+    assert len({*etas}) == 3, "Each step has a new eta."
+    assert all(0 <= eta <= 1 for eta in etas), "eta is uniform in [0, 1]."
+    assert all(torch.equal(step.lq, lq) for step in seen), "The network sees lq at each step."
+    check_walk(seen, [*(step.x for step in seen[1:]), x])
     assert not x.requires_grad, \
         "Only the late step has a gradient: through all steps the memory grows with K."
-    assert torch.equal(*runs) and etas[0] == etas[1], \
-        "The same generator should give the same state: draw noise and eta from it."
-    starts_as_noise(method.roll(lq, 0), lq)
+    starts_as_noise(call(method.roll, lq, 0), lq)
+    method.schedule = [(9, 5)] * 400
+    call(method.roll, lq[:, :, :2, :2], 400)
+    uniform(4, torch.tensor([int(4 * float(step.eta)) for step in seen]), "eta is uniform in "
+            "[0, 1]: some values come far more often than others.")
 
 
 class TwoOutputs:
@@ -137,40 +141,48 @@ class TwoOutputs:
         return .7 * terms["a"] + .3 * terms["b"], terms
 
 
-def check_refl_losses():
+def losses_scene(dtype):
+    """A method with a network and a frozen one that differs from it, and what its parts are given:
+    the steps, and the supervised losses."""
     torch.manual_seed(0)
-    net = model.UNet(model.Config(size=16, channels=8, mults=(1, 2), patch=2)).double()
+    net = model.UNet(model.Config(size=16, channels=8, mults=(1, 2), patch=2)).to(dtype)
     torch.nn.init.normal_(net.head[-1].weight, std=.05)
-    frozen, seen = copy.deepcopy(net).requires_grad_(False), []
+    frozen, seen, supervised = copy.deepcopy(net).requires_grad_(False), [], []
     with torch.no_grad():
         for p in net.parameters():
-            p += .02 * noise(p.numel(), *p.shape)
+            p += (.02 * noise(p.numel(), *p.shape)).to(dtype)
 
     def ddim_step(net, x, lq, t, s, eta):
         out = net(x, lq, torch.full((len(x),), t))
-        seen.append(Stub(net=net, t=t, s=s, x=x))
+        seen.append(Stub(t=t, s=s))
         return out + 3, torch.tensor(.1), out
-    method = late_method([])
-    method.net, method.frozen, method.reward = net, frozen, TwoOutputs()
-    method.generator = torch.Generator()
-    supervised = []
 
-    def loss(*given):
-        supervised.append(given)
-        return torch.tensor([1., 3.]) + 0 * params[0].sum()
+    def loss(net, lq, gt, generator):
+        supervised.append((net, lq, gt, generator))
+        return torch.tensor([1., 3.]) + 0 * sum(p.sum() for p in net.parameters())
+    method = refl.ReFL.__new__(refl.ReFL)
+    method.schedule, method.generator = [(9, 5), (5, 2), (2, 0), (0, -1)], torch.Generator()
+    method.net, method.frozen, method.reward = net, frozen, TwoOutputs()
     method.diffusion = Stub(ddim_step=ddim_step, loss=loss)
     method.settings = Stub(reg="features", denoise_weight=20.)
+    return method, seen, supervised
+
+
+def check_refl_losses(call):
+    method, seen, supervised = losses_scene(torch.float64)
+    net, frozen = method.net, method.frozen
     x, lq, gt = (noise(seed, 2, 3, 16, 16) for seed in range(3))
     params = [net.head[-1].weight, net.down[0][0].conv1.weight]
     with patch.object(refl, "low_pass", reference_low_pass):
-        losses, x0_hat, terms = method.losses(x, lq, gt, 2)
+        losses, x0_hat, terms = call(method.losses, x, lq, gt, 2, repeat=False)
         calls = list(seen)
         method.settings = Stub(reg="weights", denoise_weight=0.)
-        others, _, _ = method.losses(x, lq, gt, 2)
+        others, _, _ = call(method.losses, x, lq, gt, 2)
         struct, clamped = (refl.structure_loss(u, gt) for u in (
             net(x, lq, torch.tensor([2, 2])), net(x, lq, torch.tensor([2, 2])).clamp(-1, 1)))
+        call(losses_scene(torch.float32)[0].losses, x.float(), lq.float(), gt.float(), 2)
     out = net(x, lq, torch.tensor([2, 2]))
-    assert {(call.t, call.s) for call in calls} == {(2, 0)}, "The step with gradient is step k."
+    assert {(step.t, step.s) for step in calls} == {(2, 0)}, "The step with gradient is step k."
     assert {*losses} == {"reward", "struct", "reg", "denoise"}, \
         "The losses are named reward, struct, reg and denoise."
     assert "denoise" not in others, "With denoise_weight 0 the supervised loss is not computed."
@@ -226,10 +238,16 @@ class Judge(torch.nn.Module):
         return self.score(x).sigmoid()
 
 
-def check_update_frm():
-    method, judge = late_method([]), Judge()
+def judged_method(dtype):
+    """A method with a reward model that has a gradient of another time."""
+    method, judge = refl.ReFL.__new__(refl.ReFL), Judge().to(dtype)
     method.frm, method.frm_optimizer = judge, torch.optim.SGD([judge.w], lr=.1)
-    judge.w.grad = torch.full((3,), 100.).double()              # of another time
+    judge.w.grad = torch.full((3,), 100., dtype=dtype)
+    return method, judge
+
+
+def check_update_frm(call):
+    method, judge = judged_method(torch.float64)
     gt, restored, lq = (noise(seed, 9, 3, 4, 4) for seed in (1, 2, 3))
     w = judge.w.clone().requires_grad_()
     a, b, c = (u.mean((2, 3)) @ w for u in (gt, restored, lq))
@@ -237,9 +255,12 @@ def check_update_frm():
     pairs = [-torch.log(logit(a - u)).mean() for u in (b, c)]
     turned = [-torch.log(logit(u - a)).mean() for u in (b, c)]
     (gradient,) = torch.autograd.grad((pairs[0] + pairs[1]) / 2, w)
-    with patch.object(refl, "pair_loss", lambda x, y: -torch.log(logit(x - y)).mean()):
+    with patch.object(refl, "pair_loss",
+                      lambda better, worse: -torch.log(logit(better - worse)).mean()):
         try:
-            stats = method.update_frm(restored, lq, gt)
+            stats = call(method.update_frm, restored, lq, gt, repeat=False)
+            call(judged_method(torch.float32)[0].update_frm,
+                 *(u.float() for u in (restored, lq, gt)))
         except RuntimeError as error:
             if "grad" not in str(error):
                 raise
@@ -266,18 +287,19 @@ def check_update_frm():
     assert not got.requires_grad, "A metric keeps no graph."
 
 
-def check_blend_weight():
+def check_blend_weight(call):
     rho = torch.tensor([0., .5, 1., 3., 1e6]).double()
-    got = darl.blend_weight(rho, "adaptive")
+    got = call(darl.blend_weight, rho, "adaptive")
     shaped(got, (5,), "lambda")
     assert got[3] > got[1], "lambda is the share of RL, and RL is for the hard images (rho > 1)."
     assert got.min() >= 0 and got.max() <= 1, "A share lies in [0, 1], however hard the image is."
     near(got[2], .5, "An image of mean difficulty gets both losses in equal parts.")
     near(got, [0, 1 / 3, .5, .75, 1], "The weight follows the ratio of difficulties.")
-    near(darl.blend_weight(rho, "hard"), [0, 0, 0, 1, 1], "\"hard\" is RL for the images above the "
-         "mean difficulty, and for no others.")
-    near(darl.blend_weight(rho, "easy"), [1, 1, 1, 0, 0], "\"easy\" is the reverse of \"hard\".")
-    got = darl.blend_weight(rho, ".3")
+    hard, easy = (call(darl.blend_weight, rho, blend) for blend in ("hard", "easy"))
+    near(hard, [0, 0, 0, 1, 1], "\"hard\" is RL for the images above the mean difficulty, and for "
+         "no others.")
+    near(easy, [1, 1, 1, 0, 0], "\"easy\" is the reverse of \"hard\".")
+    got = call(darl.blend_weight, rho, ".3")
     shaped(got, (5,), "lambda")
     near(got, [.3] * 5, "A number is the share of every image.")
-    assert darl.blend_weight(rho, "hard").dtype == rho.dtype, "lambda should have rho's dtype."
+    assert hard.dtype == rho.dtype, "lambda should have rho's dtype."

@@ -63,23 +63,22 @@ def test_arms_that_are_done_are_left_and_those_that_were_stopped_go_on(tmp_path,
                "--seeds", "1", "--lpips_weights", "FILE", "--frontier", "--tflop", "7",
                "--preset", "small", "--judge_weights", "ALEX"]
     arms.main(command)
-    begin, more = f"--seed 1 --out {home}", f"--init {home}/sft/last.pt --tflop 7 --preset small"
+    def begun(mode, arm):
+        return (f"train.py --mode {mode} --seed 1 --out {home}/{arm} --init {home}/sft/last.pt "
+                "--tflop 7 --preset small ")
     assert calls == [
-        f"train.py --mode sft {begin}/sft_longer {more} --steps 1000000",
-        f"train.py --mode refl {begin}/refl {more} --lpips_weights FILE --resume",
-        f"train.py --mode darl {begin}/darl_rl {more} --lpips_weights FILE --blend 1",
-        f"evaluate.py --out {home}/evaluation --rewards default --frontier --judge_weights ALEX "
-        f"--lpips_weights FILE --ckpt " + " ".join(f"{home}/{name}/last.pt" for name in (
+        begun("sft", "sft_longer") + "--steps 1000000",
+        begun("refl", "refl") + "--lpips_weights FILE --resume",
+        begun("darl", "darl_rl") + "--lpips_weights FILE --blend 1",
+        f"evaluate.py --out {home}/evaluation --rewards default --lpips_weights FILE "
+        "--judge_weights ALEX --frontier "
+        "--ckpt " + " ".join(f"{home}/{name}/last.pt" for name in (
             "sft", "sft_longer", "offline", "refl", "darl_rl"))]
     calls.clear()
     arms.main([*command, "--init", "X.pt"])
-    assert len(calls) == 1 and "--lpips_weights FILE --ckpt X.pt " in calls[0]
+    assert len(calls) == 1 and "--frontier --ckpt X.pt " in calls[0]
     (home / "refl" / "done").unlink()
     arms.main([*command, "--init", "X.pt"])
     assert "--init X.pt" in calls[1] and calls[1].startswith("train.py --mode refl")
-    for call in calls[1:]:                      # train.py and evaluate.py take what they are given
-        program, *flags = call.split()
-        if program == "train.py":
-            settings.parse(flags)
-        else:
-            evaluate.parser().parse_args(flags)
+    for program, *flags in map(str.split, calls[1:]):       # both take what they are given
+        evaluate.parser().parse_args(flags) if program == "evaluate.py" else settings.parse(flags)

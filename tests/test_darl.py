@@ -101,15 +101,14 @@ def test_stepwise_credit_is_what_is_gained_after_the_step():
     darl = make(stepwise="on", own_steps=2)             # its first step still starts as a group
     restored, steps = darl.lrpo.rollout(BATCH[0])
     with torch.no_grad():
-        credit = darl.step_rewards(restored.mean(dim=(1, 2, 3)).view(12, 1, 1), steps,
-                                   BATCH[1][ROWS])
+        R = restored.mean(dim=(1, 2, 3)).view(-1, 1, 1)
+        credit = darl.step_rewards(R, steps, BATCH[1][ROWS])
         for step, mine in zip(steps, credit, strict=True):
             rows = ROWS if len(step.x) == 4 else slice(None)
             x0_hat = darl.lrpo.diffusion.ddim_step(darl.net, step.x[rows], BATCH[0][ROWS], step.t,
                                                    step.s, 1.0)[2]
             want = (restored - x0_hat).mean(dim=(1, 2, 3))
-            torch.testing.assert_close(mine, want.view(12, 1, 1), rtol=1e-3, atol=1e-5)
-    R = restored.mean(dim=(1, 2, 3))
+            torch.testing.assert_close(mine.flatten(), want, rtol=1e-3, atol=1e-5)
     assert torch.equal(make().step_rewards(R, steps, None), R[None])
     with pytest.raises(UserError, match="needs --own_steps 0"):
         make(stepwise="on")

@@ -11,10 +11,12 @@ import pytest
 import evaluate
 import sample
 import settings
+from course import __main__ as course
 from tools import arms
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")),
+             *sorted(ROOT.glob("course/assignments/*.md"))]
 TOOLS = [path.stem for path in sorted(ROOT.glob("tools/*.py")) if path.stem != "__init__"]
 LEAST_ROWS = 90         # of docs/paper_to_code.md, so that nothing passes by finding nothing
 LEAST_FLAGS = 3         # of each document
@@ -123,7 +125,7 @@ def test_every_flag_in_the_documents_is_one_of_a_program(monkeypatch):
         known |= {*program.parser()._option_string_actions}
     known |= {flag for name in TOOLS for flag in tool_flags(name, monkeypatch)}
     assert {"--gt_weight", "--frontier", "--sheet", "--patch", "--recipe"} <= known
-    known.add("--nproc_per_node")       # torchrun's
+    known |= flags_of(course.parser()) | {"--nproc_per_node"}       # torchrun's
     for path in DOCUMENTS:
         flags = {*re.findall(r"(?<![\w-])--[a-z]\w*", path.read_text())}
         assert len(flags) >= LEAST_FLAGS and not flags - known, (path.name, flags - known)
@@ -132,7 +134,9 @@ def test_every_flag_in_the_documents_is_one_of_a_program(monkeypatch):
 def test_every_program_in_the_documents_exists():
     for path in DOCUMENTS:
         for name in re.findall(r"python -m ([\w.]+)", path.read_text()):
-            assert name in FOREIGN or (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+            path = ROOT / name.replace(".", "/")
+            assert name in FOREIGN or path.with_suffix(".py").is_file() \
+                or (path / "__main__.py").is_file()
 
 
 def test_the_table_of_presets_is_that_of_the_settings():

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(
-    [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("tools/*.py")])
+    [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("tools/*.py"),
+     *ROOT.glob("course/*.py")])
     if path.name != "__init__.py"}
 
 
@@ -24,11 +25,11 @@ def imports(path) -> set[str]:
 
 def test_imports_make_no_circle_and_run_upwards():
     list(TopologicalSorter({name: imports(path) for name, path in FILES.items()}).static_order())
-    for name, path in FILES.items():        # support serves the top, the top does not know tools
+    for name, path in FILES.items():        # support serves the top, and the top no one
         if name.startswith("support."):
             assert all(other.startswith("support.") for other in imports(path)), name
-        elif not name.startswith("tools."):
-            assert not any(other.startswith("tools.") for other in imports(path)), name
+        elif not name.startswith(("tools.", "course.")):
+            assert not any(other.startswith(("tools.", "course.")) for other in imports(path)), name
 
 
 def test_no_file_is_long():

@@ -245,7 +245,8 @@ def test_other_photos_are_noticed_on_resume(tmp_path, monkeypatch):
     out = argparse.Namespace(data="photos", out="run")
     saved = {"photos": digest()}
     checkpoint.check_photos(saved, out, digest())
-    checkpoint.check_photos({}, out, digest())                  # before photos were kept
+    for begins in ({}, None):               # a run from before photos were kept, and a new one
+        checkpoint.check_photos(begins, out, digest())
     checkpoint.check_photos({"photos": None}, out, None)        # drawn faces
     Path("photos").rename("moved")
     shutil.copytree("moved", "photos")                          # copies are the same photos

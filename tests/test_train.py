@@ -143,14 +143,14 @@ def test_a_new_method_needs_its_class_its_settings_and_one_entry(runs, tmp_path,
                                                                    capsys):
     monkeypatch.setitem(METHODS, "ascent", Method(Ascent, AscentSettings, ema=0.9, warmup=1))
     flags = ["--init", str(runs / "sft" / "last.pt"), "--power", "2"]
-    whole = run("ascent", tmp_path / "whole", *flags, steps=4)
-    run("ascent", tmp_path / "parts", *flags, steps=2)
-    parts = run("ascent", tmp_path / "parts", *flags, "--resume", steps=4)
+    whole = run("ascent", tmp_path / "whole", *flags, steps=6)
+    run("ascent", tmp_path / "parts", *flags, steps=3)
+    parts = run("ascent", tmp_path / "parts", *flags, "--resume", steps=6)
     assert whole["args"]["power"] == 2 and whole["args"]["rewards"] == "offline"    # the preset's
     same(*(state | {"args": None} for state in (whole, parts)))
     with open(tmp_path / "whole" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 5 and float(rows[-1]["heldout_r_ssim"])
+    assert len(rows) == 7 and float(rows[-1]["heldout_r_ssim"])
     evaluate.compare(evaluate.parser().parse_args(
         ["--ckpt", flags[1], str(tmp_path / "whole" / "last.pt"), "--n", "4", "--device", "cpu",
          "--rewards", "ssim=1", "--out", str(tmp_path / "e")]))
@@ -163,7 +163,7 @@ def test_a_new_method_needs_its_class_its_settings_and_one_entry(runs, tmp_path,
 # The arguments that an earlier program wrote in every mode, and no longer does in all of them.
 OLD = dict(frm_weights=None, lpips_net="squeeze", lpips_weights=None, clip_weights=None, init=None,
            rewards="default", channels=8, mults="1,2", patch=2)
-OLD_LRPO = dict(branch="on", recipe="steered")
+OLD_LRPO = dict(branch="on", recipe="steered", rewards="ssim=1")
 
 
 def older(path, out, **args):
@@ -191,7 +191,7 @@ def test_checkpoints_of_an_older_program(runs, tmp_path, capsys):
     run("refl", tmp_path / "refl", "--rewards", "ssim=1")       # starts from the old sft
     before = Path(lrpo).read_bytes()
     with pytest.raises(UserError, match="^--resume: .*--branch on") as raised:
-        run("lrpo", tmp_path / "lrpo", "--resume", "--rewards", "default", steps=6)
+        run("lrpo", tmp_path / "lrpo", "--resume", "--rewards", "ssim=1", steps=6)
     assert "\n" not in str(raised.value) and Path(lrpo).read_bytes() == before
 
 

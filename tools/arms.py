@@ -1,15 +1,15 @@
 """Run arms of an experiment over several seeds, and print what each of them changed.
 
-    python -m tools.arms run ours refl sft_longer --root runs/arms --seeds 0 1 2 --tflop 300
+    python -m tools.arms run ours likelihood_off --root runs/arms --seeds 0 1 2 --steps 40
     python -m tools.arms table --root runs/arms --json docs/data/NAME.json
     python -m tools.arms table --from docs/data/NAME.json
 
-An arm is a name and its flags of train.py: `ARMS`. `run` trains ROOT/SEED/ARM from --init, or from
-ROOT/SEED/sft (made by train.py --mode sft --seed SEED --out ROOT/SEED/sft). Flags that it does not
-know go to train.py, before the arm's own, so that those count; with --tflop every arm gets as many
-operations. An arm that is done (it has a file `done`) is left as it is, and one that was stopped
-goes on. Then evaluate.py compares all arms of the seed that are done with what they started from,
-in ROOT/SEED/evaluation.
+An arm is a name and its flags of train.py: `ARMS`. `run` trains ROOT/SEED/ARM from ROOT/SEED/sft
+(made by train.py --mode sft --seed SEED --out ROOT/SEED/sft), or from --init. Flags that it does
+not know (--tflop, for equal budgets) go to train.py, before the arm's own, so that those count. An
+arm that is done (it has a file `done`) is left as it is, and one that was stopped goes on. Then
+evaluate.py compares all arms of the seed that are done with what they started from, in
+ROOT/SEED/evaluation.
 `table` prints the mean and standard deviation over the seeds: of the start, and of the change that
 each arm makes. "beyond" (with --frontier) is the distance from the start's frontier itself.
 docs/data keeps the numbers, a value for each seed. A document marks a table by the line
@@ -23,7 +23,7 @@ from itertools import repeat
 from pathlib import Path
 from statistics import mean, stdev
 
-from settings import RunSettings
+from settings import METHODS
 from support.cli import RewardFiles, UserError, add_flags, run_main, settings_fields
 
 FULL = "lrpo --own_steps 0 --batch_size 8 --lr 1e-4"    # a rollout costs eight times as much
@@ -44,8 +44,7 @@ ARMS = {        # name: mode and flags
     "darl": "darl", "darl_half": "darl --blend .5", "darl_rl": "darl --blend 1",
     "darl_hard": "darl --blend hard", "darl_easy": "darl --blend easy",
     "darl_gt": "darl --rewards ssim=.3,dwt=.7", "darl_kl": "darl --kl_weight .1"}
-FILES = settings_fields(RewardFiles)            # modes but sft take them, and evaluate.py
-START = {"init": settings_fields(RunSettings)["init"]}
+FILES = settings_fields(RewardFiles)
 
 
 def call(*command):
@@ -60,18 +59,18 @@ def run(args, words: list[str]):
     files = [word for name in FILES if name in args for word in (f"--{name}", getattr(args, name))]
     for seed in args.seeds:
         home = args.root / str(seed)
-        start = getattr(args, "init", home / "sft" / "last.pt")
+        start = args.init or home / "sft" / "last.pt"
         for arm in args.arms:
             out, (mode, *own) = home / arm, ARMS[arm].split()
             if not (out / "done").exists():
                 call("train.py", "--mode", mode, "--seed", seed, "--out", out, "--init", start,
-                     *words, *files * (mode != "sft"), *own,
+                     *words, *files * METHODS[mode].rewarded, *own,
                      *["--resume"] * (out / "last.pt").exists())
                 (out / "done").touch()
+        done = [home / arm / "last.pt" for arm in ARMS if (home / arm / "done").exists()]
         judge = ["--judge_weights", args.judge_weights] if args.judge_weights else []
-        call("evaluate.py", "--out", home / "evaluation", "--rewards", "default",
-             *["--frontier"] * args.frontier, *judge, *files, "--ckpt", start, *(
-                 home / arm / "last.pt" for arm in ARMS if (home / arm / "done").exists()))
+        call("evaluate.py", "--out", home / "evaluation", "--rewards", "default", *files, *judge,
+             *["--frontier"] * args.frontier, "--ckpt", start, *done)
 
 
 def collect(root: Path) -> dict[str, dict[str, list[float]]]:
@@ -117,10 +116,12 @@ def main(argv=None):
     run_.add_argument("arms", nargs="+", metavar="ARM", choices=ARMS, help=", ".join(ARMS))
     run_.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     run_.add_argument("--frontier", action="store_true", help="as of evaluate.py")
+    run_.add_argument("--init", help="restorer to start from; left out: ROOT/SEED/sft/last.pt")
     run_.add_argument("--judge_weights", help="as of evaluate.py")
-    add_flags(run_, FILES | START, only_given=True)
+    add_flags(run_, FILES, only_given=True)
     table_ = commands.add_parser("table", allow_abbrev=False, help="print the table")
     table_.add_argument("--json", type=Path, help="also write the numbers to this file")
+    table_.add_argument("--columns", nargs="+", help="these only (all)")
     table_.add_argument("--from", dest="file", type=Path, help="take them from such a file")
     for q in (run_, table_):
         q.add_argument("--root", type=Path, default=Path("runs/arms"), help="(runs/arms)")
@@ -130,6 +131,8 @@ def main(argv=None):
     if words:
         p.error(f"{words[0]}: table has no such flag")
     data = json.loads(args.file.read_text()) if args.file else collect(args.root)
+    if args.columns:
+        data = {row: {k: v[k] for k in args.columns if k in v} for row, v in data.items()}
     if args.json:
         args.json.write_text(json.dumps(data).replace("}, ", "},\n ") + "\n")
     print(table(data), end="")

@@ -3,10 +3,11 @@
     python -m tools.throughput [--size 64] [--batch 16] [--patch 1]
 
 diffusers' network has as many levels, blocks and channels, attention in the same level and,
-within 5 %, our number of parameters. Only ours has a pixel-unshuffle stem; --patch 1 is without it. A method's step
-has its default settings and the reward .5 SSIM + .5 low-pass. Weights and images are random.
-Competitors take turns, because a shared machine's speed drifts: a figure is the median (and range)
-over the rounds of the images per second, and the ratio of the first row is formed within a round.
+within 5 %, our number of parameters. Only ours has a pixel-unshuffle stem; --patch 1 is without it.
+A method's step has its default settings and the reward .5 SSIM + .5 low-pass. Weights and images
+are random. Competitors take turns, because a shared machine's speed drifts: a figure is the median
+(and range) over the rounds of the images per second, and the ratio of the first row is formed
+within a round.
 """
 import argparse
 from functools import partial
