@@ -219,6 +219,11 @@ def test_an_entry_is_scored_on_new_faces_and_the_table_has_the_best_first(runs, 
         (tmp_path / "3.json").write_text(json.dumps(entry | other))
         with pytest.raises(UserError, match="different faces"):
             board.leaderboard(Namespace(entries=[tmp_path / "1.json", tmp_path / "3.json"]))
-    run("sft", tmp_path / "wide", "--channels", "16")
+    state = torch.load(runs / "lrpo/last.pt", weights_only=True)
+    state["args"] |= {"rewards": "lpips=1", "lpips_net": "alex"}
+    torch.save(state, tmp_path / "judged.pt")
+    with pytest.raises(UserError, match="it is no judge"):
+        score(tmp_path / "judged.pt")
+    run("sft", tmp_path / "wide", "--channels", "16", "--size", "16", "--faces", "24")
     with pytest.raises(UserError, match="another network"):
         score(tmp_path / "wide/last.pt")

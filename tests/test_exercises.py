@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -88,6 +89,10 @@ def test_the_copy_is_complete_without_solutions(copy):
     assert not (copy / ".git").exists() and not (copy / copies.GUIDE).exists()
     assert (copy / "README.md").read_text() == (ROOT / "docs/student.md").read_text()
     assert (copy / "AGENTS.md").read_text() == (ROOT / "course/AGENTS.md").read_text()
+    assert (copy / "pretrained/faces64.pt").exists()
+    for path in copy.glob("docs/*.md"):
+        for picture in re.findall(r"\]\(([\w.]+png)\)", path.read_text()):
+            assert (path.parent / picture).exists()
     done = subprocess.run([sys.executable, "train.py", "--mode", "sft", *SMALL, "--faces", "24"],
                           cwd=copy, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().startswith("error: exercise ")
