@@ -16,7 +16,7 @@ import argparse
 
 from course import copies, grade
 from course.list import EXERCISES
-from support.cli import at_least_two, name, positive, run_main, seed_number
+from support.cli import at_least_two, not_empty, positive, run_main, seed_number
 
 SETS = list(dict.fromkeys(e.set for e in EXERCISES))
 SCORE_SEED = 1_000_003      # of the new faces, unless the instructor chooses another
@@ -70,26 +70,26 @@ def parser() -> argparse.ArgumentParser:
     sub = command(grade.check, "check", "check the exercises")
     sub.add_argument("handin", nargs="?", default=str(copies.ROOT),
                      help="a folder or a zip; left out: this folder")
-    sub.add_argument("--json", type=name, help="a file for an autograder")
+    sub.add_argument("--json", type=not_empty, help="a file for an autograder")
     choice(sub)
     sub = command(copies.submit, "submit", "pack what an assignment asks for")
     sub.add_argument("assignment", choices=[*SETS, "open"])
-    sub.add_argument("--out", type=name, help="the zip (ASSIGNMENT.zip)")
+    sub.add_argument("--out", type=not_empty, help="the zip (ASSIGNMENT.zip)")
     command(copies.make, "make", "write a student's copy").add_argument("dir", help="a new folder")
     sub = command(copies.autograder, "autograder", "write the bundle for Gradescope")
-    sub.add_argument("out", type=name, help="the zip")
+    sub.add_argument("out", type=not_empty, help="the zip")
     sub.add_argument("--set", choices=SETS, help="the exercises of one assignment; left out: all")
     choice(sub)
     sub = command(board("score"), "score", "score a checkpoint of the open assignment")
     sub.add_argument("ckpt", help="the checkpoint")
-    sub.add_argument("--sft", type=name, default=str(copies.ROOT / "pretrained/faces64.pt"),
+    sub.add_argument("--sft", type=not_empty, default=str(copies.ROOT / "pretrained/faces64.pt"),
                      help="the restorer that all start from; left out: pretrained/faces64.pt")
-    sub.add_argument("--name", type=name, default="anonymous", help="what the table calls it")
-    sub.add_argument("--json", type=name, help="the entry; left out: entry.json beside CKPT")
+    sub.add_argument("--name", type=not_empty, default="anonymous", help="what the table calls it")
+    sub.add_argument("--json", type=not_empty, help="the entry; left out: entry.json beside CKPT")
     sub.add_argument("--seed", type=seed_number, default=SCORE_SEED,
                      help=f"of the faces and the sampler's noise ({SCORE_SEED})")
     sub.add_argument("--n", type=at_least_two, default=200, help="how many faces (200)")
-    sub.add_argument("--judge_weights", type=name, help="as for evaluate.py")
+    sub.add_argument("--judge_weights", type=not_empty, help="as for evaluate.py")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub = command(board("leaderboard"), "leaderboard", "print the table of the entries")
     sub.add_argument("entries", nargs="+", metavar="ENTRY.json")
