@@ -64,7 +64,7 @@ def leaderboard(args):
         except (OSError, ValueError, TypeError, KeyError):
             raise UserError(f"leaderboard {path}: not an entry written by score") from None
     if len({tuple(e[key] for key in ("judge", "images", "size", "seed")) for e in entries}) > 1:
-        raise UserError("leaderboard: the entries were measured on different faces, or by different "
+        raise UserError("leaderboard: the entries were measured on different faces, or by other "
                         "judges; score them all in the same way")
     print(f"| | name | score | PSNR, dB | {entries[0]['judge']} |\n|---|---|---|---|---|")
     for place, e in enumerate(sorted(entries, key=lambda e: -e["score"]), 1):
