@@ -88,6 +88,7 @@ def method_of(mode, given):
 def test_every_setting_has_a_flag_that_reaches_the_method(mode):
     """Each with a value of its own, none of them the default."""
     other = {int: 3, float: 0.7, "rewards": "ssim=1", "adv_std": "batch", "blend": "hard",
+             "credit": 4, "eta": 0.5,
              "noise_level_weights": "off", "stepwise": "on", "gt_weight": "auto",
              "gt_target": "noised", "reg": "weights"}
     own = settings_fields(METHODS[mode].settings)
@@ -107,7 +108,7 @@ def test_the_papers_recipe_is_the_published_settings_but_for_what_is_given():
                      own_steps=0, gt_target="noised")
     assert {name: getattr(args, name) for name in published} == published and args.group == 4
     method = method_of("lrpo", given)
-    assert type(method) is LRPO and method.fidelity is None and method.settings.gt_last == 5
+    assert type(method) is LRPO and not method.fidelity and method.settings.gt_last == 5
 
 
 @dataclass
@@ -327,7 +328,7 @@ MISTAKES = {
     "difficulty by a missing LPIPS": (["--mode", "darl", "--init", "{sft}", "--rewards",
                                        "ssim=1,lpips=0", "--lpips_weights", "none.pth"],
                                       "none.pth: no such file"),
-    "a folder for a checkpoint": (["--mode", "lrpo", "--init", "{runs}/sft"], "not the last.pt"),
+    "a folder for a checkpoint": (["--mode", "lrpo", "--init", "{runs}/sft"], "a folder; name the file in it"),
     "a negative reward": (["--mode", "lrpo", "--init", "{sft}", "--rewards", "ssim=-1"],
                           "weights of 0 or more"),
     "a reward named twice": (["--mode", "refl", "--init", "{sft}", "--rewards", "ssim=1,ssim=.5"],
