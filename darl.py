@@ -134,7 +134,7 @@ class DARL:
             R, terms = self.lrpo.reward(restored, targets, self.lrpo.g)         # (B, g, g)
             self.lrpo.assign_advantages(steps, self.step_rewards(R, steps, targets))
         stats = self.lrpo.optimise(steps, lq, R, terms, lambda step, mu, sigma, pg: (
-            self.loss(step, lq, gt, lam, mu, sigma, pg)))
+            self.loss(step, *(u[step.images] for u in (lq, gt, lam)), mu, sigma, pg)))
         all_lam = gather(lam)
         return self.lrpo.numbers(stats | {
             "difficulty": all_d.mean(), "difficulty_std": all_d.std(correction=0),

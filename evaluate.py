@@ -14,6 +14,12 @@ that is trained on them gains.
 
 Images below 128 px are enlarged twice for the last two. "±" is the standard error over the images
 of the difference to the first checkpoint.
+
+    python evaluate.py --ckpt runs/lrpo/last.pt --lq lq --data gt --images CodeFormer
+
+takes LQ files that exist, and their ground truth by name, in place of held-out photos; without
+--data there are only the terms of the reward that need no ground truth. Each folder of --images has
+the pictures of another method, and gets a row of the same tables.
 """
 import argparse
 import json
@@ -31,13 +37,16 @@ from rewards import (LPIPS, LPIPS_ENLARGED_BELOW, LPIPS_NETS, load_reward, parse
 from support.checkpoint import pick_device
 from support.cli import (ModelSettings, UserError, add_flags, make_folder, not_empty, positive,
                          run_main, seed_number, settings_fields, share)
-from support.data import Photos, pairs
+from support.data import Photos, pairs, to_float
 from support.frontier import (FRONTIER_STEPS, distances_beyond, draw_frontier, sampler_points,
                               verdict)
+from support.given import read_given
 from support.pictures import comparison
 from support.table import means, table
 
 HELD_OUT_SEED = 2 ** 32 - 1     # of the held-out degradations; no run can have it
+BASIC = {"psnr": psnr, "ssim": ssim}        # measures that need the ground truth and no model
+NO_TRUTH = ("face", "clipiqa")  # terms of the reward that need no ground truth
 CHECKERBOARD = 10               # ours: times the ground truth's energy, from where it is reported
 
 
@@ -49,15 +58,27 @@ def held_out(data, size: int, n: int, device):
     return lq.to(device), gt.to(device)
 
 
+def given(args, size: int, device):
+    """(lq, gt or None, [images of each folder of --images]) of the folders on the command line, (N,
+    3, S, S) each. Raises UserError for what has no sense without ground truth."""
+    if not args.lq:
+        raise UserError(f"--images {args.images[0]}: give the LQ files of these pictures with --lq")
+    if args.frontier and not args.data:
+        raise UserError("--frontier: needs the ground truth; give its folder with --data")
+    folders = [("--lq", args.lq), *(("--images", folder) for folder in args.images)]
+    folders += [("--data", args.data)] * bool(args.data)
+    lq, *others = (to_float(u).to(device) for u in read_given(folders, size, args.n))
+    return lq, others.pop() if args.data else None, others
+
+
 @torch.no_grad()
-def measure(x: Tensor, gt: Tensor, reward, judges: dict = {}) -> dict[str, Tensor]:
-    """Every metric of the restorations x (N, 3, H, W), for each image: name -> (N,); those of
-    `judges`, {name: function of (x, gt) to (N,)}, among them."""
+def measure(x: Tensor, gt: Tensor | None, reward, judges: dict = BASIC) -> dict[str, Tensor]:
+    """Every metric of the restorations x (N, 3, H, W), for each image: name -> (N,). `judges`,
+    {name: function of (x, gt) to (N,)}, has those that are not of the reward."""
     rows = []
-    for a, b in zip(x.split(BATCH), gt.split(BATCH)):
+    for a, b in zip(x.split(BATCH), [None] * len(x) if gt is None else gt.split(BATCH)):
         total, terms = reward(a, b)
-        rows.append({"psnr": psnr(a, b), "ssim": ssim(a, b)}
-                    | {name: judge(a, b) for name, judge in judges.items()}
+        rows.append({name: judge(a, b) for name, judge in judges.items()}
                     | {"reward": total.flatten()} | {f"r_{k}": v for k, v in terms.items()})
     return {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
 
@@ -102,8 +123,8 @@ def place_on_frontier(rows: dict, name: str, measured, Ks: list[int], eta: float
 
 
 def load(args, device):
-    """The networks, their checkpoints and their labels. Raises UserError for different image
-    sizes."""
+    """The networks, their checkpoints, and the labels of all rows. Raises UserError for different
+    image sizes."""
     nets, states = zip(*[load_restorer(path, device) for path in args.ckpt])
     size = nets[0].config.size
     for path, net in zip(args.ckpt, nets):
@@ -112,7 +133,8 @@ def load(args, device):
                             f"{size} px; compare checkpoints of one size")
     paths = [Path(path).resolve() for path in args.ckpt]
     labels = [path.parent.name if path.stem == "last" else path.stem for path in paths]
-    return nets, states, labels if len({*labels}) == len(labels) else list(args.ckpt)
+    labels += [Path(folder).resolve().name for folder in args.images]
+    return nets, states, labels if len({*labels}) == len(labels) else [*args.ckpt, *args.images]
 
 
 def rewards_of(states, args) -> list[dict[str, float]]:
@@ -129,9 +151,9 @@ def rewards_of(states, args) -> list[dict[str, float]]:
 
 
 def load_judges(args, device) -> dict:
-    """The judges beside PSNR and SSIM, for `measure`. Prints a line if the backbone of the LPIPS
-    that judges is not given and cannot be fetched. Raises UserError for a wrong file."""
-    judges = {"haarpsi": haarpsi}
+    """The judges, for `measure`. Prints a line if the backbone of the LPIPS that judges is not
+    given and cannot be fetched. Raises UserError for a wrong file."""
+    judges = BASIC | {"haarpsi": haarpsi}
     try:
         lpips = LPIPS(args.judge_net, args.judge_weights, "--judge_weights").to(device)
         judges[f"lpips_{args.judge_net}"] = lambda x, gt: 1 - lpips(x, gt)
@@ -142,56 +164,70 @@ def load_judges(args, device) -> dict:
     return judges
 
 
-def compare(args):
-    """Restore with every checkpoint, print the tables, write metrics.json and the pictures."""
-    device = pick_device(args.device)
-    nets, states, labels = load(args, device)
-    size, saved = nets[0].config.size, states[0]["args"]
-    Ks = [args.ddim_steps or state["args"]["ddim_steps"] for state in states]
-    trained_on, judges = rewards_of(states, args), load_judges(args, device)
+def load_composite(args, trained_on, blind: bool, size: int, device):
+    """The reward of the table: --rewards, or the first that a checkpoint was trained on. If `blind`
+    only its terms that need no ground truth. Raises UserError if there is none of them."""
     beside = [Path(path).resolve().parent.parent / "frm" / "last.pt" for path in args.ckpt]
     frm = args.frm_weights or next((path for path in beside if path.exists()), None)
-    terms = {name for rewards in trained_on for name, weight in rewards.items() if weight}
     weights = (parse_rewards(args.rewards or "default") if args.rewards or not trained_on
                else trained_on[0])
+    if blind:
+        weights = {name: weight for name, weight in weights.items() if name in NO_TRUTH}
+    if not weights:
+        raise UserError(f"--lq {args.lq}: give the ground truth with --data, or a term that needs "
+                        "none: --rewards face=1 or clipiqa=1")
     if "face" in weights and frm is None and len(weights) > 1:
         del weights["face"]
         print(f"face is left out of the reward: no {beside[0]} is there; --frm_weights names one")
     face = load_face_reward(frm, size=size) if "face" in weights else None
-    reward = load_reward(weights, args, face, device)
-    data = args.data or saved["data"]
-    lq, gt = held_out(data, size, args.n, device)
+    return load_reward(weights, args, face, device)
+
+
+def compare(args):
+    """Restore with every checkpoint, print the tables, write metrics.json and the pictures."""
+    device = pick_device(args.device)
+    nets, states, labels = load(args, device)
+    size, data = nets[0].config.size, args.data or states[0]["args"]["data"]
+    Ks = [args.ddim_steps or state["args"]["ddim_steps"] for state in states]
+    trained_on, blind = rewards_of(states, args), args.lq and not args.data     # no ground truth
+    judges = {} if blind else load_judges(args, device)
+    terms = {name for rewards in trained_on for name, weight in rewards.items() if weight}
+    reward = load_composite(args, trained_on, blind, size, device)
+    lq, gt, others = (given(args, size, device) if args.lq or args.images else
+                      (*held_out(data, size, args.n, device), []))
     out = make_folder(args.out)
     (out / "frontier.png").unlink(missing_ok=True)      # of an earlier comparison
 
-    images = [restore(net, lq, K, args.eta, args.seed) for net, K in zip(nets, Ks)]
+    images = [restore(net, lq, K, args.eta, args.seed) for net, K in zip(nets, Ks)] + others
     if args.best_of:
         images.append(best_of(nets[0], lq, gt, args.best_of, Ks[0], args.eta, args.seed, reward))
         labels = [*labels, f"{labels[0]}, best of {args.best_of}"]
-    rows = {label: measure(x, gt, reward, judges) for label, x in zip(labels, images)}
-    all_rows = {"LQ": measure(lq, gt, reward, judges)} | rows
+    columns = {"LQ": lq, **dict(zip(labels, images))}
+    all_rows = {label: measure(x, gt, reward, judges) for label, x in columns.items()}
+    rows = {label: all_rows[label] for label in labels}
 
-    facts = {"ckpt": dict(zip(labels, map(str, args.ckpt))), "data": data or "drawn faces",
-             "images": len(gt), "size": size, "K": dict(zip(labels, Ks)), "eta": args.eta,
+    source = f"{args.lq}, ground truth {args.data}" if args.lq else data or "drawn faces"
+    facts = {"ckpt": dict(zip(labels, map(str, args.ckpt))), "data": source,
+             "images": len(lq), "size": size, "K": dict(zip(labels, Ks)), "eta": args.eta,
              "seed": args.seed, "rewards": reward.weights, "rewarded": sorted(terms),
              "tflop": {label: state.get("tflop") for label, state in zip(labels, states)},
              "rows": means(all_rows),
              "psnr, ssim": "RGB, data range 1, nanoLRPO's own; SSIM with Wang's window, no padding"}
-    print(f"{len(gt)} held-out images ({facts['data']}) of {size} px, K = "
+    print(f"{len(lq)} {'given' if args.lq else 'held-out'} images ({source}) of {size} px, K = "
           f"{', '.join(map(str, Ks))}, eta = {args.eta}, seed {args.seed}")
-    print("\nJudges, which no reward contains (TFLOP: the operations of the training):")
-    print(table(all_rows, labels[0], [name for name in ("psnr", "ssim", *judges)
-                                      if name not in terms], facts["tflop"]))
+    if judges:
+        print("\nJudges, which no reward contains (TFLOP: the operations of the training):")
+        print(table(all_rows, labels[0], [k for k in judges if k not in terms], facts["tflop"]))
     formula = " + ".join(f"{w:g} {name}" for name, w in reward.weights.items())
     print(f"\nThe reward {formula}, and its terms:")
-    print(table(all_rows, labels[0], ["reward", *(f"r_{name}" for name in weights)]))
-    for label, x in zip(labels, images):
+    print(table(all_rows, labels[0], ["reward", *(f"r_{name}" for name in reward.weights)]))
+    for label, x in zip(labels, images if gt is not None else ()):
         if (times := checkerboard(x) / checkerboard(gt)) > CHECKERBOARD:
             print(f"{label}: {times:.0f} times the ground truth's energy at the highest spatial "
                   "frequency, a checkerboard")
-    comparison({"LQ": lq, **dict(zip(labels, images)), "ground truth": gt}).save(
-        out / "comparison.png")
-    print(f"{out}/comparison.png: LQ | {' | '.join(labels)} | ground truth, and one detail")
+    columns |= {} if gt is None else {"ground truth": gt}
+    comparison(columns).save(out / "comparison.png")
+    print(f"{out}/comparison.png: {' | '.join(columns)}, and one detail")
     if args.frontier:
         facts |= place_on_frontier(rows, [*judges][-1], lambda K, eta: measure(
             restore(nets[0], lq, K, eta, args.seed), gt, reward, judges), Ks, args.eta, out)
@@ -203,7 +239,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Compare checkpoints on held-out faces.")
     p.add_argument("--ckpt", type=not_empty, nargs="+", required=True, help="the baseline first")
     p.add_argument("--data", type=not_empty, help="folder of photos (default: as trained)")
-    p.add_argument("--n", type=positive, default=200, help="how many held-out images (200)")
+    p.add_argument("--lq", type=not_empty, help="folder of LQ files; --data has their ground truth "
+                   "by name, if it is given")
+    p.add_argument("--images", type=not_empty, nargs="+", default=[], help="with --lq: folders, "
+                   "each with another method's pictures of the same names, a row of the tables")
+    p.add_argument("--n", type=positive, default=200, help="how many images at most (200)")
     p.add_argument("--frontier", action="store_true", help="also the first checkpoint at other K "
                    "and eta, and each row's distance from what those reach")
     p.add_argument("--best_of", type=positive, help="also the best by reward of n restorations by "

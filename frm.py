@@ -10,7 +10,7 @@ Departs  Ours by default is a small network without text, trained here in minute
          sentence (`CAPTION`) stands in for a caption of each photo.
 Found    Trained on blurred and compressed pictures alone, the model takes noise for detail (see the
          tests); `add_artefacts` corrects this. Still, a policy gradient or ReFL without any
-         regularisation hacks the model (docs/results.md).
+         regularisation hacks the model (the notebook shows how).
 
 Both models have one interface: `score(x)` is the Bradley-Terry score in logits, (B,), which the
 pair loss compares. Calling the model gives the reward, (B,), higher is better.
@@ -160,8 +160,8 @@ def load_face_reward(path, config: dict = None, size: int = None) -> nn.Module:
     if ours and "out.weight" in weights:
         check_finished(load_run(path, "--frm_weights", remedy), path, "--frm_weights")
         if size not in (None, state["args"]["size"]):
-            raise UserError(f"{source}: trained on {state['args']['size']} px, not {size} px; give "
-                            "its --size, name another, or train anew (--mode frm --overwrite)")
+            raise UserError(f"{source}: trained on {state['args']['size']} px, not {size} px; "
+                            "name another, or train anew (--mode frm --overwrite)")
         face = FaceRewardModel()
         try:
             face.load_state_dict(weights)

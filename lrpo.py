@@ -12,15 +12,13 @@ Steps    of the algorithm, in the order of `LRPO.step` and `LRPO.optimise`:
          6. Raise the likelihood of the ground truth (strategy 2).        `gt_likelihood_loss`
 Shapes   P LQ images, G restorations of each, B = P * G. Rewards, advantages and likelihoods are
          given for each of g x g patches of D values; in the paper g is 1. Its t-1 is s here.
-Departs  by the values of settings: `LRPOSettings` has the published value of each beside ours, and
-         `--recipe paper` takes that. Ours: a group shares all noise but that of its last noisy DDIM
-         step, which alone is trained, so that one network call serves the G equal states
-         (--own_steps); each patch of 8 px has an advantage of its own (--credit); the likelihood
-         places x_gt on the trajectory of x_t (--gt_target), and its weight follows from the PSNR
-         (--gt_weight). docs/paper_to_code.md says why, and what differs in every recipe.
+Departs  by the values of settings; `--recipe paper` takes the published ones. Ours: a group shares
+         all noise but that of its last noisy DDIM step, which alone is trained (--own_steps); each
+         patch of 8 px has its own advantage (--credit); the likelihood places x_gt on the path of
+         x_t (--gt_target), with a weight by the PSNR (--gt_weight). See docs/paper_to_code.md.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +53,7 @@ class PolicySettings:
                              "trained; a group shares those before (0: none)", type=whole)
     credit: int = setting(0, 0, "side of a patch with its own advantage, px (0: image)", type=whole)
     updates: int = setting(2, 1, "passes over a rollout")
+    minibatch: int = setting(0, 1, "images in an optimiser step (0: all)", type=whole)
     steps_per_update: int = setting(0, 1, "DDIM steps in an optimiser step (0: all)", type=whole)
     clip: float = setting(None, 1e-4, "clip range of the ratio; left out: 1.64 / D, as published")
     adv_std: str = setting("group", "batch", "in the advantage", choices=["group", "batch"])
@@ -98,7 +97,6 @@ def gaussian_kl(mu: Tensor, ref: Tensor, sigma: Tensor) -> Tensor:
 
 def group_advantages(rewards: Tensor, std: str = "group") -> Tensor:
     """A_i = (R_i - mean of its group) / (std + 1e-4), patch by patch: (P, G, g, g), the same shape.
-
     std "group" takes the population standard deviation of the group (the paper's figure), "batch"
     that of all P * G rewards (the published code), of all patches. A group of std below MIN_STD
     gets exactly 0."""
@@ -144,6 +142,13 @@ class Transition:
     x0_hat: Tensor              # (N, 3, H, W)  predicted from x_t; only darl.py reads it
     x_gt: Tensor = None         # (B, 3, H, W)  the ground truth, noised to level s
     advantage: Tensor = None    # (B, g, g)     A_{i,t}
+    images: slice = field(default_factory=lambda: slice(None))      # of those of the rollout
+
+    def of(self, images: slice, P: int):
+        """The transition of some of its P images, with their groups."""
+        return replace(self, images=images, **{
+            name: u.unflatten(0, (P, -1))[images].flatten(0, 1)
+            for name, u in vars(self).items() if isinstance(u, Tensor)})
 
 
 class LRPO:
@@ -161,9 +166,8 @@ class LRPO:
         self.g = net.config.size // patch
         self.clip = TRUST / (3 * patch ** 2) if settings.clip is None else settings.clip
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, fused=True)
-        steered = isinstance(settings, LRPOSettings) and settings.gt_weight == "auto"
-        self.fidelity = steered and Fidelity(net, diffusion, len(self.schedule),
-                                             settings.fidelity_margin, generator)
+        self.fidelity = getattr(settings, "gt_weight", None) == "auto" and Fidelity(
+            net, diffusion, len(self.schedule), settings.fidelity_margin, generator)
 
     def policy(self, x: Tensor, lq: Tensor, t: int, s: int):
         """mu (N, 3, H, W), sigma (), x0_hat (N, 3, H, W) of pi(x_s | x_t, LQ): N / P states x for
@@ -178,24 +182,20 @@ class LRPO:
         x = gaussian(lq if self.shared else repeat_to(lq, B), self.generator)       # x_T
         for k, (t, s) in enumerate(self.schedule[:-1]):
             mu, sigma, x0_hat = self.policy(x, lq, t, s)                # (N, 3, H, W)
-            if k < self.shared:
-                x = mu + sigma * gaussian(mu, self.generator)           # (P, 3, H, W)
-                continue
-            mu = repeat_to(mu, B)
-            action = mu + sigma * gaussian(mu, self.generator)          # (B, 3, H, W)
-            log_prob = gaussian_log_prob(action, mu, sigma, self.g)     # (B, g, g)
-            steps.append(Transition(t, s, x, action, log_prob, x0_hat))
+            mu = mu if k < self.shared else repeat_to(mu, B)
+            action = mu + sigma * gaussian(mu, self.generator)          # (P or B, 3, H, W)
+            if k >= self.shared:
+                log_prob = gaussian_log_prob(action, mu, sigma, self.g)     # (B, g, g)
+                steps.append(Transition(t, s, x, action, log_prob, x0_hat))
             x = action
         restored, _, _ = self.policy(x, lq, *self.schedule[-1])         # sigma = 0
         return restored, steps
 
     def assign_advantages(self, steps: list[Transition], rewards: Tensor):
-        """A_{i,t} = clip(A_i w_t), from the rewards of each step, or of all: (n or 1, B, g, g). The
-        groups of all ranks are compared."""
-        sigma = torch.stack([self.diffusion.sigma(step.t, step.s, self.settings.eta)
-                             for step in steps])                        # (n,)
+        """A_{i,t} = clip(A_i w_t), from rewards of each step or of all: (n or 1, B, g, g)."""
+        sigma = torch.stack([self.diffusion.sigma(u.t, u.s, self.settings.eta) for u in steps])
         weights = (noise_level_weights(sigma) if self.settings.noise_level_weights == "on" else
-                   torch.ones_like(sigma))
+                   torch.ones_like(sigma))                              # (n,)
         for step, w, R in zip(steps, weights, rewards.expand(len(steps), -1, -1, -1)):
             groups = gather(R.unflatten(0, (-1, self.settings.group)))  # (all P, G, g, g)
             A = own_rows(group_advantages(groups, self.settings.adv_std)).flatten(0, 1)
@@ -233,28 +233,30 @@ class LRPO:
         """One rollout and the optimiser steps on it: (lq, gt), (P, 3, H, W) each -> the metrics."""
         lq, gt = batch
         restored, steps = self.rollout(lq)                                          # 1
-        targets = repeat_to(gt, len(restored))                                      # (B, 3, H, W)
         with torch.no_grad():
-            R, terms = self.reward(restored, targets, self.g)                       # 2: (B, g, g)
+            R, terms = self.reward(restored, repeat_to(gt, len(restored)), self.g)  # 2: (B, g, g)
             self.assign_advantages(steps, R[None])                                  # 3 and 4
         stats = self.optimise(steps, lq, R, terms, lambda step, mu, sigma, pg: (    # 5 and 6
-            self.loss(step, targets, mu, sigma, pg)))
+            self.loss(step, repeat_to(gt[step.images], len(mu)), mu, sigma, pg)))
         if not self.fidelity:
             return self.numbers(stats)
         stats = self.numbers(stats | {"fidelity_gap": self.fidelity.gap(self.net, lq, gt)})
         return stats | {"gt_weight": self.fidelity.update(stats["fidelity_gap"])}
 
     def optimise(self, steps: list[Transition], lq: Tensor, R: Tensor, terms: dict, loss):
-        """The optimiser steps on a rollout: passes over it, and in each the DDIM steps of the
-        trajectory, `steps_per_update` at a time. lq (P, 3, H, W), R (B, g, g), `terms` (B,) each;
+        """The optimiser steps on a rollout: passes, in each mini-batches of images, in each DDIM
+        steps, `steps_per_update` at a time. lq (P, 3, H, W), R (B, g, g), `terms` (B,) each;
         `loss(step, mu, sigma, pg)` returns a scalar and its terms by name. Returns the metrics (of
         the loss: in the last pass) as scalar tensors."""
-        n, seen = self.settings.steps_per_update or len(steps), []
+        P, n, seen = len(lq), self.settings.steps_per_update or len(steps), []
+        size = self.settings.minibatch or P
+        batches = [[step.of(slice(i, i + size), P) for step in steps] for i in range(0, P, size)]
         for _ in range(self.settings.updates):
-            for i in range(0, len(steps), n):
-                seen.append(self.update(steps[i:i + n], lq, terms, loss))
-        first, last = seen[0]["ratio"], seen[-math.ceil(len(steps) / n):]
-        ratio = torch.cat([u.pop("ratio") for u in last])               # (n, B, g, g)
+            for batch in batches:
+                for i in range(0, len(batch), n):
+                    seen.append(self.update(batch[i:i + n], lq, terms, loss))
+        first, last = seen[0]["ratio"], seen[-(len(seen) // self.settings.updates):]
+        ratio = torch.cat([u.pop("ratio").flatten() for u in last])     # all of the last pass
         std = R.mean(dim=(1, 2)).view(-1, self.settings.group).std(dim=1, correction=0)     # (P,)
         return {"reward": R.mean(), **{k: v.mean() for k, v in terms.items()},
                 "reward_std": std.mean(), "equal_groups": (std < MIN_STD).float().mean(),
@@ -267,27 +269,25 @@ class LRPO:
         """One optimiser step on the mean loss of `steps`. Returns the terms of the loss, (n,), the
         norm (1,) and the ratio (n, B, g, g) before it. Raises NotFinite, which names the cause."""
         self.optimizer.zero_grad()
-        seen, ratios = [], []
+        seen = []
         for step in steps:
-            mu, sigma, _ = self.policy(step.x, lq, step.t, step.s)
+            mu, sigma, _ = self.policy(step.x, lq[step.images], step.t, step.s)
             mu = repeat_to(mu, len(step.action))                                # (B, 3, H, W)
             log_prob = gaussian_log_prob(step.action, mu, sigma, self.g)        # (B, g, g)
             pg, ratio = clipped_loss(log_prob, step.log_prob, step.advantage, self.clip)
             value, parts = loss(step, mu, sigma, pg)
             (value / len(steps)).backward()
-            ratios.append(ratio.detach())
-            parts["approx_kl"] = (step.log_prob - log_prob).mean()      # KL(pi_old || pi) / 3HW
+            parts |= {"approx_kl": (step.log_prob - log_prob).mean(), "ratio": ratio}   # KL / 3HW
             seen.append({k: v.detach() for k, v in parts.items()})
         metrics = {k: torch.stack([u[k] for u in seen]) for k in seen[0]}
         norm = optimiser_step(self.optimizer, terms | metrics, MAX_GRAD_NORM)
-        return {**metrics, "grad_norm": norm[None], "ratio": torch.stack(ratios)}
+        return metrics | {"grad_norm": norm[None]}
 
     def numbers(self, stats: dict[str, Tensor]) -> dict[str, float]:
         """The metrics as numbers. Raises RuntimeError if the ratio was not 1 before the first
         optimiser step: then rollout and update do not compute the same policy."""
         stats = to_floats(stats)
-        off, slack = stats["first_off_max"], BF16_SLACK if self.net.bf16 else RATIO_SLACK
-        if off > slack:
+        if (off := stats["first_off_max"]) > (BF16_SLACK if self.net.bf16 else RATIO_SLACK):
             raise RuntimeError(f"the ratio is off 1 by {off:.1e} before any update")
         return stats
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import support      # noqa: F401   first: it tells the threads of torch how to wait
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import evaluate
@@ -34,6 +33,7 @@ from support.data import Photos, loader
 from support.distributed import alone, check_batch, is_first, join, maximum, place, wait
 from support.labels import read_labels
 from support.log import Log, plan, warn_of_collapse
+from support.operations import Operations
 from support.optimise import NotFinite, check_finite
 
 COUNTED = 2     # ours: steps whose operations are counted; refl measures its PSNR in every second
@@ -66,7 +66,7 @@ def train_here(run):
     identity = photos.digest() if run.data else None
     if saved:
         check_photos(saved, run, identity)
-    with FlopCounterMode(display=False) as counted:     # frm restores pairs
+    with Operations() as counted:           # frm restores pairs
         method, validate = build(run, net, device, generator, photos)
     entry = METHODS[run.mode]
     fresh = run.mode == "frm" or not (entry.from_sft or run.init)       # nothing trained it before
@@ -81,7 +81,7 @@ def train_here(run):
         if is_first():
             prepare(out, run, method.net, state(0, best, False))
         log = Log(out / "metrics.csv", start)
-        tflop = counted.get_total_flops() / 1e12 + frm_tflop(run)
+        tflop = counted.total / 1e12 + frm_tflop(run)
         log.rows = log.rows or [{"step": start, "seconds": 0.0, "tflop": tflop, **metrics}]
         print(plan(run, method.net, len(photos), start))
         loop(run, method, validate, ema, log, loader(
@@ -103,9 +103,9 @@ def prepare(out: Path, run, net, state: dict):
 def counted_step(method, batch) -> tuple[dict[str, float], float]:
     """A step of a method, and its operations in 1e12: a multiplication and an addition are two.
     Rewards and rollouts are included, and what is done for each value alone is not."""
-    with FlopCounterMode(display=False) as counter:
+    with Operations() as counter:
         stats = method.step(batch)
-    return stats, counter.get_total_flops() / 1e12
+    return stats, counter.total / 1e12
 
 
 def loop(run, method, validate, ema, log, batches, start, best, state, signal):
@@ -113,7 +113,7 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
     Raises UserError at the first number that is not finite; what is saved is from before."""
     out, device = Path(run.out), next(method.net.parameters()).device
     earlier = spent = float(log.rows[-1]["seconds"])        # of training, before this call
-    tflop, counts = float(log.rows[-1]["tflop"]), []
+    tflop = float(log.rows[-1]["tflop"])
     clock, limit = time.perf_counter(), math.inf if run.tflop is None else run.tflop
     bar = tqdm(batches, run.mode, run.steps, initial=start, disable=None if is_first() else True)
     for done, batch in enumerate(bar, start + 1):
@@ -121,11 +121,11 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
             group["lr"] = run.lr * min(1, done / METHODS[run.mode].warmup)
         try:
             batch = [u.to(device, non_blocking=True) for u in batch]
-            if len(counts) < COUNTED:
+            counts = [float(row["tflop"]) for row in log.rows[:COUNTED + 1]]
+            if len(counts) <= COUNTED:
                 stats, count = counted_step(method, batch)
-                counts.append(count)
-            else:
-                stats, count = method.step(batch), sum(counts) / len(counts)
+            else:                       # the mean of the first steps, of this call or an earlier
+                stats, count = method.step(batch), (counts[-1] - counts[0]) / COUNTED
             ema.update(method.net)
             tflop, spent = tflop + count, spent + time.perf_counter() - clock
             finished, number = maximum(done == run.steps or tflop >= limit, signal.number)

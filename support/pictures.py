@@ -26,10 +26,11 @@ def cell(image: Tensor) -> Image.Image:
 
 
 def comparison(columns: dict[str, Tensor]) -> Image.Image:
-    """A column of faces under each title, the LQ images first and the ground truth last, (N, 3, H,
-    W) each, and a last row with the detail in which the columns between them differ most."""
+    """A column of faces under each title, (N, 3, H, W) each, and a last row with the detail in
+    which all but "LQ" and "ground truth" differ most."""
     columns = {title: images[:FACES] for title, images in columns.items()}
-    between = torch.stack([images.float().cpu() for images in columns.values()][1:-1])
+    between = torch.stack([images.float().cpu() for title, images in columns.items()
+                           if title not in ("LQ", "ground truth")])
     n, top, left, side = detail(between if len(between) > 1 else torch.cat([between, between * 0]))
     rows = 1 + max(map(len, columns.values()))
     picture = Image.new("RGB", (len(columns) * (CELL + GAP), rows * (CELL + GAP) + 30), "white")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common import Reward, noise, parameters, pictures, run, tiny_net
+from darl import DARL, DARLSettings
 from fidelity import FIRST_WEIGHT
 from lrpo import (LRPO, LRPOSettings, Transition, clipped_loss, gaussian_kl, gaussian_log_prob,
                   group_advantages, gt_likelihood_loss)
@@ -291,6 +292,74 @@ def test_ratio_is_exactly_one_before_the_first_update(own):
         moved.step(BATCH)       # the policy has moved between rollout and update
 
 
+# ---------------------------------------------------------------------------------------------
+# Mini-batches
+
+FOUR = pictures(5, n=4)
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_minibatch_has_its_images_with_their_groups(own):
+    method, seen = make(own_steps=own, gt_weight=1.0, minibatch=2, lr=0.0), []
+    _, whole = method.rollout(FOUR[0])
+    method.assign_advantages(whole, noise(7, 1, 12, 1, 1))
+    def loss(step, mu, sigma, pg):
+        seen.append(step)
+        return method.loss(step, FOUR[1][step.images].repeat_interleave(3, 0), mu, sigma, pg)
+    method.optimise(whole, FOUR[0], noise(7, 12, 1, 1), {}, loss)
+    n = len(whole)
+    assert len(seen) == 2 * 2 * n               # passes, mini-batches, DDIM steps
+    for i, (first, second) in enumerate(zip(seen[:n], seen[n:2 * n])):
+        assert (first.images, second.images) == (slice(0, 2), slice(2, 4))
+        for name in ("x", "action", "log_prob", "x0_hat", "advantage"):
+            u = getattr(whole[i], name)
+            half = len(u) // 2
+            assert torch.equal(getattr(first, name), u[:half])
+            assert torch.equal(getattr(second, name), u[half:])
+
+
+def test_the_minibatches_of_a_pass_have_the_gradient_of_all_images(monkeypatch):
+    """At lr 0, where each is taken at the same weights, the mean of theirs, not clipped."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))
+    gradients = {}
+    for size in (0, 1, 2, 4):
+        method, found = make(**PAPER | dict(gt_target="posterior", minibatch=size, lr=0.0,
+                                            updates=1, gt_weight=1.0)), []
+        method.optimizer.register_step_post_hook(lambda *_: found.append(torch.cat(
+            [p.grad.flatten() for p in method.net.parameters()])))
+        method.step(FOUR)
+        assert len(found) == {0: 1, 1: 4, 2: 2, 4: 1}[size]
+        gradients[size] = torch.stack(found).mean(dim=0)
+    assert torch.equal(gradients[0], gradients[4])
+    for size in (1, 2):
+        torch.testing.assert_close(gradients[size], gradients[0], rtol=1e-3,
+                                   atol=1e-5 * gradients[0].abs().max().item())
+
+
+@pytest.mark.parametrize("method", ["lrpo", "darl"])
+def test_all_images_are_one_minibatch(method):
+    def moved(minibatch):
+        if method == "lrpo":
+            m = make(**PAPER, minibatch=minibatch)
+        else:
+            net = tiny_net()
+            m = DARL(net, Diffusion(net.config), LIKENESS, torch.Generator().manual_seed(0),
+                     DARLSettings(ddim_steps=4, group=3, minibatch=minibatch))
+        return [m.step(FOUR) for _ in range(2)], parameters(m.net)
+    (stats, base), (same, whole), (_, parts) = map(moved, (0, 4, 3))    # 3: the last has one
+    assert stats == same and torch.equal(base, whole) and not torch.equal(base, parts)
+
+
+def test_minibatches_bring_the_clip_into_action():
+    """The published recipe, one pass, at a learning rate where the steps of one batch stay inside
+    the clip range: those of four reach out of it."""
+    def clipped(minibatch):
+        method = make(**PAPER | dict(updates=1, steps_per_update=1, minibatch=minibatch, clip=1e-4,
+                                     lr=3e-5))
+        return method.step(FOUR)
+    assert clipped(0)["clip_fraction"] == 0 < clipped(1)["clip_fraction"]
+
+
 def after_a_step(**changes):
     method = make(**PAPER | dict(gt_weight=2.0) | changes)
     return method.step(BATCH), parameters(method.net)
@@ -348,6 +417,7 @@ def test_mode_lrpo_runs_the_rollout_and_the_likelihood_of_this_file(runs, tmp_pa
         monkeypatch.setattr(LRPO, name, counted)
     run("lrpo", tmp_path / "lrpo", "--recipe", recipe, "--init", str(runs / "sft" / "last.pt"),
         "--rewards", "ssim=1", "--group", "2")
-    # Three rollouts. Ours: two passes over one own step. The paper: one pass over K - 1 = 2.
+    # Three rollouts. Ours: two passes over one own step. The paper: one pass over the K - 1 = 2
+    # steps of each of four images.
     assert calls == {"rollout": 3, {"ours": "posterior_log_prob", "paper": "noised_log_prob"}[
-        recipe]: 3 * 2}
+        recipe]: 3 * {"ours": 2, "paper": 4 * 2}[recipe]}

@@ -49,16 +49,6 @@ def test_a_step_of_sft_is_two_operations_a_multiplication_forward_once_and_backw
     assert count * 1e12 == pytest.approx(want)
 
 
-def test_counting_changes_no_bit_of_a_step():
-    nets = [tiny_net(), tiny_net()]
-    for net, step in zip(nets, (lambda m: m.step(pictures(0)),
-                                lambda m: train.counted_step(m, pictures(0)))):
-        step(SFT(net, Diffusion(net.config), None, torch.Generator().manual_seed(0),
-                 SFTSettings()))
-    for a, b in zip(*(net.parameters() for net in nets)):
-        assert torch.equal(a, b)
-
-
 def test_operations_stop_a_run_and_are_kept(tmp_path):
     run("sft", tmp_path / "sft", "--every", "1", steps=1)
     one = log_of(tmp_path / "sft")[-1]["tflop"]
