@@ -46,7 +46,8 @@ def rank(number, port, out, one):
 
 @pytest.mark.usefixtures("little_work")
 def test_two_ranks_train_what_one_process_trains_and_one_goes_on(tmp_path):
-    """Three steps on two ranks and two more on one, against five on one. The bound is the rounding
+    """Three steps on two ranks and two more on one, against five on one, all but the operations,
+    of which a rank counts its own. The bound is the rounding
     of float32, enlarged by AdamW where a gradient is nearly 0; a wrong share of a batch, noise or
     average makes a difference of 1e-3 or more."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -65,6 +66,7 @@ def test_two_ranks_train_what_one_process_trains_and_one_goes_on(tmp_path):
                     for state in (a, b))
             assert (x - y).norm() < 1e-5 * x.norm(), (name, part)
         for a, b in zip(*(log_of(root / name) for root in (one, two)), strict=True):
+            a.pop("tflop"), b.pop("tflop")
             assert a == pytest.approx(b, rel=1e-3, abs=1e-4), name
 
 
