@@ -192,8 +192,7 @@ class LRPO:
         return restored, steps
 
     def assign_advantages(self, steps: list[Transition], rewards: Tensor):
-        """A_{i,t} = clip(A_i w_t), from the rewards of each step, or of all: (n or 1, B, g, g). The
-        groups of all ranks are compared."""
+        """A_{i,t} = clip(A_i w_t), from rewards of each step or of all: (n or 1, B, g, g)."""
         sigma = torch.stack([self.diffusion.sigma(u.t, u.s, self.settings.eta) for u in steps])
         weights = (noise_level_weights(sigma) if self.settings.noise_level_weights == "on" else
                    torch.ones_like(sigma))                              # (n,)
@@ -225,7 +224,8 @@ class LRPO:
         log_prob = target[self.settings.gt_target]
         likelihood = gt_likelihood_loss(log_prob(step, gt, mu, sigma)).mean()
         weight = self.fidelity.weight if self.fidelity else self.settings.gt_weight
-        weight *= (step.t, step.s) in self.schedule[self.shared:-1][-self.settings.gt_last:]
+        own = self.schedule[self.shared:-1]
+        weight *= (step.t, step.s) in own[-(self.settings.gt_last or len(own)):]
         return (self.settings.pg_weight * pg.mean() + weight * likelihood,
                 {"pg_loss": pg.mean(), "gt_loss": likelihood})
 

@@ -268,7 +268,7 @@ SETS = {
     "paper-alt": "face=.4,lpips=.2,clipiqa=.2,dwt=.2",  # LRPO's code, the alternative
     "default": "lpips=.7,face=.1,dwt=.1,ssim=.1",   # ours; measured in docs/results.md
     "no-face": "lpips=.4,clipiqa=.2,ssim=.4",   # ours: without a face reward model
-    "offline": "ssim=.2,dwt=.5,face=.3"}    # ours; nothing has to be downloaded
+    "offline": "face=1,ssim=.3"}    # ours: for refl, with nothing pretrained
 REWARDS_HELP = f"name=weight,..., or a set: {', '.join(SETS)}"      # of the flag --rewards
 TERMS = ("ssim", "dwt", "lpips", "clipiqa", "face")
 MIN_SIDE = 16       # the Face Reward Model halves the side four times; SSIM needs 11, dwt 8

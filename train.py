@@ -17,7 +17,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import support      # noqa: F401; first: it tells the threads of torch how to wait
+import support      # noqa: F401   first: it tells the threads of torch how to wait
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -37,7 +37,8 @@ from support.log import Log, plan, warn_of_collapse
 from support.optimise import NotFinite, check_finite
 
 COUNTED = 2     # ours: steps whose operations are counted; refl measures its PSNR in every second
-OFFLINE_STEPS = 540     # ours: of refl in a demo without LPIPS; it smooths first, sharpens later
+OFFLINE = {"steps": 540, "fidelity_margin": 0.1}    # ours: of refl in a demo without LPIPS, whose
+#                                                     restorations get smooth first and sharp later
 
 
 def train(run):
@@ -186,7 +187,7 @@ def demo(given: dict):
     given = {"preset": "drawn64", "init": str(SHIPPED)} | given
     methods, root = given.pop("methods", DEMO), Path(given.pop("out", "runs/demo"))
     if "rewards" not in given and lpips_is_missing(given):
-        methods, given = ["refl"], given | {"rewards": "offline", "steps": OFFLINE_STEPS}
+        methods, given = ["refl"], OFFLINE | given | {"rewards": "offline"}
     resume = given.pop("resume", False)
 
     def run(mode, **more):

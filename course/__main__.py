@@ -6,7 +6,7 @@
     python -m course submit ASSIGNMENT          pack what it asks for
     python -m course make DIR                   a student's copy: the code of the exercises is out
     python -m course autograder OUT.zip         the bundle for Gradescope
-    python -m course score CKPT --sft SFT_CKPT  an entry of the open assignment
+    python -m course score CKPT                 an entry of the open assignment
     python -m course leaderboard ENTRY.json ... the table of the entries
 
 Run them in the folder of the project or of the copy. `check` runs every exercise by itself: no
@@ -16,8 +16,7 @@ import argparse
 
 from course import copies, grade
 from course.list import EXERCISES
-from support.cli import (ModelSettings, add_flags, name, positive, run_main, seed_number,
-                         settings_fields)
+from support.cli import at_least_two, not_empty, positive, run_main, seed_number
 
 SETS = list(dict.fromkeys(e.set for e in EXERCISES))
 SCORE_SEED = 1_000_003      # of the new faces, unless the instructor chooses another
@@ -33,13 +32,13 @@ def show(args):
         for e in chosen:
             grade.say(f"  {e.name}, {e.points} points, {e.file}: {e.teaches}\n      {e.task}\n"
                       f"      Then try: {e.experiment}\n      {e.question}")
-    grade.say("\nAfter a training run: python evaluate.py --frontier --ckpt runs/sft/last.pt "
-              "runs/NAME/last.pt")
+    grade.say("\nAfter a training run: python evaluate.py --frontier --ckpt pretrained/faces64.pt "
+              "runs/demo/NAME/last.pt")
 
 
 def hint(args):
     """Print one hint."""
-    print(copies.named([args.name])[0].hints[args.number - 1])
+    print(getattr(copies.named([args.name])[0], f"hint_{args.number}"))
 
 
 def board(command: str):
@@ -71,26 +70,27 @@ def parser() -> argparse.ArgumentParser:
     sub = command(grade.check, "check", "check the exercises")
     sub.add_argument("handin", nargs="?", default=str(copies.ROOT),
                      help="a folder or a zip; left out: this folder")
-    sub.add_argument("--json", type=name, help="a file for an autograder")
+    sub.add_argument("--json", type=not_empty, help="a file for an autograder")
     choice(sub)
     sub = command(copies.submit, "submit", "pack what an assignment asks for")
     sub.add_argument("assignment", choices=[*SETS, "open"])
-    sub.add_argument("--out", type=name, help="the zip (ASSIGNMENT.zip)")
+    sub.add_argument("--out", type=not_empty, help="the zip (ASSIGNMENT.zip)")
     command(copies.make, "make", "write a student's copy").add_argument("dir", help="a new folder")
     sub = command(copies.autograder, "autograder", "write the bundle for Gradescope")
-    sub.add_argument("out", type=name, help="the zip")
+    sub.add_argument("out", type=not_empty, help="the zip")
     sub.add_argument("--set", choices=SETS, help="the exercises of one assignment; left out: all")
     choice(sub)
     sub = command(board("score"), "score", "score a checkpoint of the open assignment")
     sub.add_argument("ckpt", help="the checkpoint")
-    sub.add_argument("--sft", required=True, help="the SFT checkpoint that all start from")
-    sub.add_argument("--name", type=name, default="anonymous", help="what the table calls it")
-    sub.add_argument("--json", type=name, help="the entry; left out: entry.json beside CKPT")
+    sub.add_argument("--sft", type=not_empty, default=str(copies.ROOT / "pretrained/faces64.pt"),
+                     help="the restorer that all start from; left out: pretrained/faces64.pt")
+    sub.add_argument("--name", type=not_empty, default="anonymous", help="what the table calls it")
+    sub.add_argument("--json", type=not_empty, help="the entry; left out: entry.json beside CKPT")
     sub.add_argument("--seed", type=seed_number, default=SCORE_SEED,
                      help=f"of the faces and the sampler's noise ({SCORE_SEED})")
-    sub.add_argument("--n", type=positive, default=200, help="how many faces (200)")
-    flags = settings_fields(ModelSettings)
-    add_flags(sub, {key: flags[key] for key in ("lpips_net", "lpips_weights", "device")})
+    sub.add_argument("--n", type=at_least_two, default=200, help="how many faces (200)")
+    sub.add_argument("--judge_weights", type=not_empty, help="as for evaluate.py")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub = command(board("leaderboard"), "leaderboard", "print the table of the entries")
     sub.add_argument("entries", nargs="+", metavar="ENTRY.json")
     return p

@@ -3,7 +3,7 @@
 Steps    1. Take the code of every exercise out of the files.            `sources`, `make`
          2. A student packs what an assignment asks for.                 `submit`
          3. Gradescope takes the student's copy and two scripts.         `autograder`
-A student's copy holds its own Python files once more, in PRISTINE. The checks run in a tree that is
+A student's copy holds its own source files once more, in PRISTINE. The checks run in a tree that is
 written from there, so that a file that a student renames or breaks is one exercise's matter.
 """
 import ast
@@ -18,12 +18,11 @@ ROOT = Path(__file__).parents[1]
 GUIDE = "docs/instructor.md"        # has the answers; a student's copy is without it
 PRISTINE = "course/pristine.zip"
 RENAMED = {"docs/student.md": "README.md", "course/AGENTS.md": "AGENTS.md"}
-SOURCES = ("*.py", "support/*.py", "tools/*.py", "course/*.py", "tests/exercise_checks.py",
-           "tests/checks_*.py")
-PAPERS = ("tests/requirements.txt", "requirements.txt", "LICENSE", ".gitignore",
-          "docs/reference.md", "docs/metrics.md", "docs/*.png", "course/assignments/*.md", *RENAMED)
-LEFT_OUT = {"tools/throughput.py", "tools/tables.py", "tools/trials.py", "docs/long.png",
-            "docs/refl.png", "docs/refl_curves.png"}
+SOURCES = ("*.py", "support/*.py", "tools/__init__.py", "tools/reward_report.py", "course/*.py",
+           "course/exercises.ini", "tests/exercise_checks.py", "tests/checks_*.py")
+PAPERS = ("tests/requirements.txt", "requirements.txt", "LICENSE", ".gitignore", "pretrained/*",
+          "docs/reference.md", "docs/metrics.md", "docs/symptoms.png", "course/assignments/*.md",
+          *RENAMED)
 SETUP = """#!/usr/bin/env bash
 # Gradescope runs this once, when it builds the machine.
 set -e
@@ -72,7 +71,7 @@ def without_body(source: str, exercise: Exercise) -> str:
 
 
 def sources() -> dict[str, bytes]:
-    """The Python files of a student's copy, without the answers: name -> content."""
+    """The source files of a student's copy, without the answers: name -> content."""
     if (ROOT / PRISTINE).exists():
         with ZipFile(ROOT / PRISTINE) as file:
             return {name: file.read(name) for name in file.namelist()}
@@ -80,7 +79,7 @@ def sources() -> dict[str, bytes]:
              for pattern in SOURCES for path in sorted(ROOT.glob(pattern))}
     for exercise in EXERCISES:
         files[exercise.file] = without_body(files[exercise.file], exercise)
-    return {name: files[name].encode() for name in files.keys() - LEFT_OUT}
+    return {name: text.encode() for name, text in files.items()}
 
 
 def write_zip(path, files: dict[str, bytes]):
@@ -100,7 +99,7 @@ def students_copy(command: str) -> dict[str, bytes]:
     names = {path.relative_to(ROOT).as_posix() for pattern in PAPERS for path in ROOT.glob(pattern)}
     code, packed = sources(), io.BytesIO()
     write_zip(packed, code)
-    papers = {RENAMED.get(name, name): (ROOT / name).read_bytes() for name in names - LEFT_OUT}
+    papers = {RENAMED.get(name, name): (ROOT / name).read_bytes() for name in names}
     return code | papers | {PRISTINE: packed.getvalue()}
 
 

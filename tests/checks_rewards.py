@@ -3,6 +3,7 @@ import copy
 import math
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from skimage.metrics import structural_similarity
 
@@ -16,19 +17,24 @@ from exercise_checks import (Stub, check_walk, fake_policy, far, mean, near, noi
 
 
 def scikit_ssim(x, y, **changes):
-    """scikit-image's SSIM of each pair of images, as they are."""
+    """scikit-image's map of each pair of images, as they are, without its border."""
     flags = dict(data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-    return torch.tensor([structural_similarity(a.numpy(), b.numpy(), channel_axis=0,
-                                               **flags | changes) for a, b in zip(x, y)])
+    maps = [structural_similarity(a.numpy(), b.numpy(), channel_axis=0, full=True,
+                                  **flags | changes)[1] for a, b in zip(x, y)]
+    return torch.from_numpy(np.stack(maps)).mean(1)[:, 5:-5, 5:-5]
 
 
-def check_ssim(call):
+def check_ssim_map(call):
     u = torch.rand(3, 3, 24, 20, generator=torch.Generator().manual_seed(0)).double()
     x, y = .06 * u, .04 * u + .01 * noise(1, 3, 3, 24, 20)      # faint: the constants matter
     shown, flat = ((x + 1) / 2, (y + 1) / 2), torch.ones(1, 3, 16, 16).double()
-    got = call(rewards.ssim, x, y)
-    shaped(got, (3,), "SSIM")
-    near(call(rewards.ssim, x, x), torch.ones(3), "An image is equal to itself: SSIM is 1.")
+    got = call(rewards.ssim_map, x, y)
+    assert torch.is_tensor(got) and got.dim() == 3, \
+        "SSIM is asked for around each pixel, (B, H-10, W-10): the mean is over RGB alone."
+    assert got.shape == (3, 14, 10), (f"The map of 24 x 20 pixels has the shape {tuple(got.shape)},"
+                                      " not (3, 14, 10): does the window reach over the border?")
+    near(call(rewards.ssim_map, x, x), torch.ones(3, 14, 10), "An image is equal to itself: SSIM "
+         "is 1.")
     for wrong in (scikit_ssim(x, y, data_range=2), scikit_ssim(*shown, data_range=2),
                   scikit_ssim(x, y), scikit_ssim(x + 1, y + 1)):
         far(got, wrong, "The images and the constants C1 and C2 have to be of one data range: in "
@@ -38,12 +44,11 @@ def check_ssim(call):
     far(got, scikit_ssim(*shown, gaussian_weights=False, win_size=11), "The window is a Gaussian: "
         "pixels at its middle count more.")
     closed = (2 * .6 * .2 + 1e-4) / (.36 + .04 + 1e-4)
-    got_flat = call(rewards.ssim, .2 * flat, -.6 * flat)
-    near(got_flat, [closed], "Two flat images have a SSIM in closed form. Does the window reach "
-         "over the border, where padding changes the means? Or does a constant belong to another "
-         "data range?", 1e-4)
+    got_flat = call(rewards.ssim_map, .2 * flat, -.6 * flat)
+    near(got_flat, torch.full((1, 6, 6), closed), "Two flat images have a SSIM in closed form. "
+         "Does a constant belong to another data range?", 1e-4)
     strong = .3 * noise(2, 2, 3, 16, 16)
-    assert call(rewards.ssim, strong, -strong).max() < 0, \
+    assert call(rewards.ssim_map, strong, -strong).mean((1, 2)).max() < 0, \
         "SSIM is negative where one image is the other's negative."
     near(got, scikit_ssim(*shown), "Means, variances, covariance: one of them is not the weighted "
          "mean under the Gaussian window.", 1e-4)
@@ -111,6 +116,7 @@ def late_method(call):
 
 def check_roll(call):
     lq, seen, method = noise(0, 4, 3, 16, 16) / 2 + .3, call.seen, late_method(call)
+    method.settings = Stub(eta="random")
     with torch.enable_grad():
         x = call(method.roll, lq, 3, draws=lambda x: [
             *noises(seen, [*(step.x for step in seen[1:]), x]),
@@ -126,7 +132,11 @@ def check_roll(call):
     assert not x.requires_grad, \
         "Only the late step has a gradient: through all steps the memory grows with K."
     starts_as_noise(call(method.roll, lq, 0), lq)
-    method.schedule = [(9, 5)] * 400
+    method.settings = Stub(eta=.4)
+    call(method.roll, lq, 3)
+    assert {float(step.eta) for step in seen} == {.4}, \
+        "A number in the settings is the eta of every step: only \"random\" asks for a new one."
+    method.settings, method.schedule = Stub(eta="random"), [(9, 5)] * 400
     call(method.roll, lq[:, :, :2, :2], 400)
     uniform(4, torch.tensor([int(4 * float(step.eta)) for step in seen]), "eta is uniform in "
             "[0, 1]: some values come far more often than others.")
@@ -138,16 +148,15 @@ class TwoOutputs:
 
     def __call__(self, x, gt):
         terms = {"a": mean(x), "b": mean((x - gt).abs().neg())}
-        return .7 * terms["a"] + .3 * terms["b"], terms
+        return (.7 * terms["a"] + .3 * terms["b"]).view(-1, 1, 1), terms
 
 
-def losses_scene(dtype):
-    """A method with a network and a frozen one that differs from it, and what its parts are given:
-    the steps, and the supervised losses."""
+def losses_scene(dtype, **weights):
+    """A method with a network and a frozen one that differs from it, and the steps it takes."""
     torch.manual_seed(0)
     net = model.UNet(model.Config(size=16, channels=8, mults=(1, 2), patch=2)).to(dtype)
     torch.nn.init.normal_(net.head[-1].weight, std=.05)
-    frozen, seen, supervised = copy.deepcopy(net).requires_grad_(False), [], []
+    frozen, seen = copy.deepcopy(net).requires_grad_(False), []
     with torch.no_grad():
         for p in net.parameters():
             p += (.02 * noise(p.numel(), *p.shape)).to(dtype)
@@ -156,52 +165,51 @@ def losses_scene(dtype):
         out = net(x, lq, torch.full((len(x),), t))
         seen.append(Stub(t=t, s=s))
         return out + 3, torch.tensor(.1), out
-
-    def loss(net, lq, gt, generator):
-        supervised.append((net, lq, gt, generator))
-        return torch.tensor([1., 3.]) + 0 * sum(p.sum() for p in net.parameters())
     method = refl.ReFL.__new__(refl.ReFL)
     method.schedule, method.generator = [(9, 5), (5, 2), (2, 0), (0, -1)], torch.Generator()
-    method.net, method.frozen, method.reward = net, frozen, TwoOutputs()
-    method.diffusion = Stub(ddim_step=ddim_step, loss=loss)
-    method.settings = Stub(reg="features", denoise_weight=20.)
-    return method, seen, supervised
+    method.net, method.reward, method.fidelity = net, TwoOutputs(), Stub(reference=frozen)
+    method.diffusion = Stub(ddim_step=ddim_step)
+    method.settings = Stub(**{f"{name}_weight": w for name, w in weights.items()})
+    return method, seen
 
 
 def check_refl_losses(call):
-    method, seen, supervised = losses_scene(torch.float64)
-    net, frozen = method.net, method.frozen
+    method, seen = losses_scene(torch.float64, struct=9., reg=9., fidelity=9.)
+    net, frozen = method.net, method.fidelity.reference
     x, lq, gt = (noise(seed, 2, 3, 16, 16) for seed in range(3))
     params = [net.head[-1].weight, net.down[0][0].conv1.weight]
     with patch.object(refl, "low_pass", reference_low_pass):
         losses, x0_hat, terms = call(method.losses, x, lq, gt, 2, repeat=False)
-        calls = list(seen)
-        method.settings = Stub(reg="weights", denoise_weight=0.)
-        others, _, _ = call(method.losses, x, lq, gt, 2)
+        calls, method.settings = list(seen), Stub(struct_weight=0, reg_weight=0, fidelity_weight=0)
+        alone, _, _ = call(method.losses, x, lq, gt, 2)
         struct, clamped = (refl.structure_loss(u, gt) for u in (
             net(x, lq, torch.tensor([2, 2])), net(x, lq, torch.tensor([2, 2])).clamp(-1, 1)))
-        call(losses_scene(torch.float32)[0].losses, x.float(), lq.float(), gt.float(), 2)
+        call(losses_scene(torch.float32, struct=1., reg=1., fidelity=1.)[0].losses,
+             x.float(), lq.float(), gt.float(), 2)
     out = net(x, lq, torch.tensor([2, 2]))
     assert {(step.t, step.s) for step in calls} == {(2, 0)}, "The step with gradient is step k."
-    assert {*losses} == {"reward", "struct", "reg", "denoise"}, \
-        "The losses are named reward, struct, reg and denoise."
-    assert "denoise" not in others, "With denoise_weight 0 the supervised loss is not computed."
+    assert {*losses} == {"reward", "struct", "reg", "fidelity"}, \
+        "The losses are named reward, struct, reg and fidelity."
+    assert {*alone} == {"reward"}, "A loss of weight 0 is not computed."
     assert not any(losses[name].shape for name in losses), "Each loss should be a scalar."
     near(x0_hat, out, "x0_hat is what the step predicts of the clean image, and not its mean mu.")
     assert terms.keys() == {"a", "b"}, "The terms of the reward are returned by name."
-    total, _ = TwoOutputs()(out, gt)
+    total = TwoOutputs()(out, gt)[0].mean()
     far(losses["reward"], TwoOutputs()(out + 3, gt)[0].mean().neg() + 1, "The reward should see "
         "the predicted clean image x0_hat: mu is still noisy.")
-    far(losses["reward"], total.mean(), "Descending the loss should raise the reward.")
-    near(losses["reward"], 1 - total.mean(), "The best reward of all gives the loss 0.")
+    far(losses["reward"], total, "Descending the loss should raise the reward.")
+    near(losses["reward"], 1 - total, "The best reward of all gives the loss 0.")
     for name in losses:
         assert losses[name].requires_grad, f"No gradient of the loss {name} reaches the network: " \
             "between the network and each loss nothing may be detached."
     grads = torch.autograd.grad(losses["reward"], params, retain_graph=True)
-    for mine, theirs in zip(grads, torch.autograd.grad(total.mean(), params)):
+    for mine, theirs in zip(grads, torch.autograd.grad(total, params)):
         near(mine, -theirs, "The gradient of the reward should pass through the step, to the "
              "network's weights.")
     far(losses["struct"], clamped, "L_struct compares x0_hat as it is, not clamped.")
+    for name in ("struct", "fidelity"):
+        far(losses[name], 9 * (struct if name == "struct" else (out - gt).square().mean()),
+            "The losses are returned without their weights.")
     near(losses["struct"], struct, "L_struct compares x0_hat with the photo.")
     features = []
     for which in (net, frozen):
@@ -210,15 +218,8 @@ def check_refl_losses(call):
         features.append(kept)
     near(losses["reg"], sum((a - b).square().mean() for a, b in zip(*features)), "L_reg compares "
          "the features of the trained and of the frozen network in the same step, from one x_t.")
-    near(others["reg"], sum((p - q).square().sum() for p, q in zip(
-        net.parameters(), frozen.parameters())), "With reg = weights, L_reg compares the weights.")
-    assert others["reg"].requires_grad, "L_reg regularises the network: its weights get a gradient."
-    (given,) = supervised
-    assert given[0] is net and given[1] is lq and given[2] is gt and \
-        given[3] is method.generator, "The supervised loss is that of the trained network on the " \
-        "pair (lq, gt), with the method's generator."
-    far(losses["denoise"], 40, "The losses are returned without their weights.")
-    near(losses["denoise"], 2, "L_denoise is the mean of the supervised loss over the batch.")
+    near(losses["fidelity"], (out - gt).square().mean(), "L_fidelity is the mean squared error of "
+         "x0_hat against the photo.")
 
 
 class Judge(torch.nn.Module):

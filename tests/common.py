@@ -1,4 +1,5 @@
 """What tests share: noise and a tiny network, runs of tiny presets, and the comparison of runs."""
+import csv
 from contextlib import contextmanager
 
 import numpy as np
@@ -35,14 +36,14 @@ def parameters(net):
 
 class Reward:
     """A reward of one term for networks too small to restore anything: (B,) from score(x, gt), the
-    same for each patch."""
+    same for each patch. `models` are looked up by name, as those of CompositeReward."""
 
     def __init__(self, score=lambda x, gt: x.mean(dim=(1, 2, 3)), **models):
         self.score, self.models = score, models
 
     def __call__(self, x, gt, g=1):
         r = self.score(x, gt)
-        return r.view(-1, 1, 1).expand(-1, g, g), {"score": r}
+        return r[:, None, None].expand(-1, g, g), {"score": r}
 
 
 def run(mode, out, *more, steps=3):
@@ -60,6 +61,13 @@ def small_presets(rewards="offline"):
             size=16, channels=8, mults="1,2", faces=24, steps=3, batch_size=4, every=3, group=2,
             rewards=rewards))
         yield
+
+
+def log_of(folder, but="seconds"):
+    """The rows of metrics.csv, numbers by name, without the column `but`."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v and k != but}
+                for row in csv.DictReader(file)]
 
 
 def same(a, b, where=""):

@@ -218,10 +218,16 @@ def mean(x):
     return x.flatten(1).mean(1)
 
 
+def rows(u, n):
+    """Each row of u equally often, so that there are n: the group of image i stands together."""
+    return u.repeat_interleave(n // len(u), dim=0)
+
+
 def fake_policy(schedule, call):
     """A stand-in for a diffusion process: its steps need no network, and note what they are given.
     The last step, s = -1, has sigma = 0."""
     def ddim_step(net, x, lq, t, s, eta):
+        assert not isinstance(eta, str), "A step takes a number as its eta."
         mu, sigma = .9 * call.weight * x + lq / 10, torch.tensor((.3 + .1 * t) * (s >= 0)).double()
         call.seen.append(Stub(x=x.clone(), lq=lq.clone(), t=t, s=s, eta=eta, mu=mu.clone(),
                               sigma=sigma, x0_hat=3 * mu))
@@ -231,7 +237,8 @@ def fake_policy(schedule, call):
 
 def noises(seen, states):
     """The noise that a walk began with, and that of each step: (x_s - mu) / sigma."""
-    return [seen[0].x, *((x - call.mu) / call.sigma for call, x in zip(seen, states))]
+    return [seen[0].x, *((x - rows(call.mu, len(x))) / call.sigma
+                         for call, x in zip(seen, states))]
 
 
 def standard(z, message):
@@ -257,18 +264,23 @@ def starts_as_noise(x, lq):
 
 
 def check_walk(seen, states):
-    """x_s = mu + sigma z with a fresh z, from each of the calls seen to the next state."""
+    """x_s = mu + sigma z with a fresh z, from each of the calls seen to the next state, which may
+    hold more members of each group."""
     drawn = []
     for call, x in zip(seen, states):
-        assert not torch.equal(x, call.mu), ("A step is a sample of its Gaussian: without its "
-                                             "noise there is nothing to explore.")
-        drawn.append((x - call.mu) / call.sigma)
+        mu = rows(call.mu, len(x))
+        assert not torch.equal(x, mu), ("A step is a sample of its Gaussian: without its noise "
+                                        "there is nothing to explore.")
+        assert len(x) == len(call.mu) or (x - mu).square().mean() < 4 * call.sigma ** 2, (
+            "The members of a group stand together: each row is repeated, not the whole batch.")
+        drawn.append((x - mu) / call.sigma)
         assert not torch.allclose(drawn[-1][0], drawn[-1][1]), "Each image needs its own noise."
         standard(drawn[-1], "The noise of a step should have the standard deviation sigma of this "
                  "very step.")
-    assert not any(torch.allclose(a, b) for a, b in zip(drawn, drawn[1:])), \
+    assert not any(torch.allclose(rows(a, len(b)), b) for a, b in zip(drawn, drawn[1:])), \
         "Each step needs fresh noise."
     for call, z in zip(seen, drawn):
-        both = torch.corrcoef(torch.stack([z.flatten(), call.mu.flatten()]))[0, 1]
+        mu = rows(call.mu, len(z)).flatten()
+        both = torch.corrcoef(torch.stack([z.flatten(), mu]))[0, 1]
         assert abs(both) < SURE / z.numel() ** .5, \
             "A step adds its noise to the mean as it is, and the noise does not depend on it."

@@ -62,15 +62,17 @@ def sample(self, net, lq, K, eta, generator):
 ''', "gaussian_log_prob": '''
 from torch.distributions import Normal
 # ---
-def gaussian_log_prob(x, mu, sigma):
-    return Normal(mu.float(), sigma.float()).log_prob(x.float()).flatten(1).mean(1)
+def gaussian_log_prob(x, mu, sigma, g=1):
+    each = Normal(mu.float(), sigma.float()).log_prob(x.float()).mean(1)
+    lines = torch.stack([u.mean(1) for u in each.chunk(g, dim=1)], 1)
+    return torch.stack([u.mean(2) for u in lines.chunk(g, dim=2)], 2)
 ''', "group_advantages": '''
 import numpy as np
 # ---
 def group_advantages(rewards, std="group"):
     r = rewards.numpy().astype(np.float64)
-    within = r.std(1, keepdims=True)
-    divisor = within if std == "group" else r.std()
+    within = np.sqrt(r.var(1, keepdims=True).mean((2, 3), keepdims=True))
+    divisor = within if std == "group" else np.sqrt(r.var((0, 1)).mean())
     A = np.where(within < MIN_STD, 0, (r - r.mean(1, keepdims=True)) / (divisor + ADV_EPS))
     return torch.from_numpy(A).to(rewards.dtype)
 ''', "noise_level_weights": '''
@@ -88,52 +90,43 @@ def gt_likelihood_loss(log_prob):
     return -torch.expm1(-F.relu(-log_prob) / GT_TEMPERATURE)
 '''.replace("F.relu(", "torch.relu("), "rollout": '''
 def rollout(self, lq):
-    x, done = torch.randn(lq.shape, generator=self.generator, dtype=lq.dtype), []
-    for t, s in self.schedule:
-        mu, sigma, x0_hat = self.policy(x=x, lq=lq, t=t, s=s)
-        mu, x0_hat = mu.detach(), x0_hat.detach()
+    every = torch.cat([row.expand(self.settings.group, -1, -1, -1) for row in lq])
+    x, done = torch.randn((lq if self.shared > 0 else every).shape, generator=self.generator,
+                          dtype=lq.dtype), []
+    for k, (t, s) in enumerate(self.schedule):
+        mu, sigma, x0_hat = (u.detach() for u in self.policy(x=x, lq=lq, t=t, s=s))
         if s < 0:
             return mu, done
-        noise = torch.randn(lq.shape, generator=self.generator, dtype=lq.dtype)
+        if own := k >= self.shared:
+            mu = repeat_to(u=mu, n=len(every))
+        noise = torch.randn(mu.shape, generator=self.generator, dtype=lq.dtype)
         action = torch.addcmul(mu, noise, sigma.to(mu.dtype))
-        done.append(Transition(t=t, s=s, x=x, action=action, x0_hat=x0_hat,
-                               log_prob=gaussian_log_prob(x=action, mu=mu, sigma=sigma)))
+        if own:
+            log_prob = gaussian_log_prob(x=action, mu=mu, sigma=sigma, g=self.g)
+            done += [Transition(t=t, s=s, x=x, action=action, x0_hat=x0_hat, log_prob=log_prob)]
         x = action
-''', "gt_log_prob": '''
-def gt_log_prob(self, step, gt, mu, sigma):
+''', "noised_log_prob": '''
+def noised_log_prob(self, step, gt, mu, sigma):
     if step.x_gt is None:
         z = torch.randn(gt.shape, generator=self.generator, dtype=gt.dtype)
         step.x_gt = self.diffusion.q_sample(x0=gt, t=torch.tensor([step.s] * len(gt)), z=z)
-    return gaussian_log_prob(x=step.x_gt, mu=mu, sigma=sigma)
-''', "branch": '''
-@torch.no_grad()
-def rollout(self, lq):
-    if self.branch is None:
-        return super().rollout(lq=lq)
-    G, few = self.settings.group, lq[::self.settings.group]
-    x = gaussian(like=few, generator=self.generator)
-    *before, at, last = self.schedule
-    for t, s in before:
-        mu, sigma, _ = LRPO.policy(self, x, few, t, s)
-        x = mu + sigma * gaussian(like=mu, generator=self.generator)
-    mu, sigma, x0_hat = (u.repeat_interleave(G, 0) if u.dim() else u
-                         for u in LRPO.policy(self, x, few, *at))
-    x = x[:, None].expand(-1, G, -1, -1, -1).flatten(0, 1)
-    action = mu + sigma * gaussian(like=x, generator=self.generator)
-    end = self.policy(x=action, lq=lq, t=last[0], s=last[1])[0]
-    step = Transition(at[0], at[1], x, action, gaussian_log_prob(action, mu, sigma), x0_hat)
-    return end, [step]
+    return gaussian_log_prob(x=step.x_gt, mu=mu, sigma=sigma)[:, 0, 0]
+''', "posterior_log_prob": '''
+def posterior_log_prob(self, step, gt, mu, sigma):
+    x = step.x.repeat_interleave(len(gt) // len(step.x), 0)
+    other = self.diffusion.posterior_mean(x0=gt, x=x, s=step.s, t=step.t, eta=self.settings.eta)
+    return ((other - mu) / sigma).square().flatten(1).mean(1) / -2
 ''', "gaussian_kl": '''
 def gaussian_kl(mu, ref, sigma):
     d = (mu - ref).flatten(1)
     return (d * d).sum(1) / (2 * sigma ** 2 * d.shape[1])
-''', "ssim": '''
+''', "ssim_map": '''
 def window(like):
     g = torch.tensor([math.exp(-(i - 5) ** 2 / 4.5) for i in range(11)], dtype=like.dtype)
     g = torch.outer(g, g)
     return (g / g.sum()).expand(like.shape[1], 1, 11, 11)
 # ---
-def ssim(x, y):
+def ssim_map(x, y):
     x, y = x / 2 + .5, y / 2 + .5
     w, C = window(x), x.shape[1]
     mx, my = F.conv2d(x, w, groups=C), F.conv2d(y, w, groups=C)
@@ -141,7 +134,7 @@ def ssim(x, y):
     vy = F.conv2d((y * y), w, groups=C) - my ** 2
     cov = (F.conv2d((x + y) ** 2, w, groups=C) - (mx + my) ** 2 - vx - vy) / 2
     light = (2 * mx * my + SSIM_C1) / (mx ** 2 + my ** 2 + SSIM_C1)
-    return (light * (2 * cov + SSIM_C2) / (vx + vy + SSIM_C2)).flatten(1).mean(1)
+    return (light * (2 * cov + SSIM_C2) / (vx + vy + SSIM_C2)).mean(1)
 ''', "low_pass": '''
 def low_pass(x):
     w = torch.full((x.shape[1], 1, 8, 8), 1 / 64, dtype=x.dtype)
@@ -162,7 +155,9 @@ def roll(self, lq, k):
     with torch.no_grad():
         for i in range(k):
             t, s = self.schedule[i]
-            eta = float(torch.rand(1, generator=self.generator))
+            eta = self.settings.eta
+            if type(eta) is str:
+                eta = float(torch.rand(1, generator=self.generator))
             mu, sigma, _ = self.diffusion.ddim_step(net=self.net, x=x, lq=lq, t=t, s=s, eta=eta)
             x = mu.add_(sigma * z())
     return x
@@ -176,17 +171,15 @@ def losses(self, x, lq, gt, k):
     x0_hat, mine = step(self.net)
     _, terms = self.reward(x=x0_hat, gt=gt)
     weights = self.reward.weights
-    out = {"struct": structure_loss(x=x0_hat, gt=gt),
-           "reward": sum(w * (1 - terms[name].mean()) for name, w in weights.items())}
-    if self.settings.reg == "features":
+    out = {"reward": sum(w * (1 - terms[name].mean()) for name, w in weights.items())}
+    if self.settings.struct_weight > 0:
+        out["struct"] = structure_loss(x=x0_hat, gt=gt)
+    if self.settings.reg_weight > 0:
         with torch.no_grad():
-            _, theirs = step(self.frozen)
+            _, theirs = step(self.fidelity.reference)
         out["reg"] = feature_distance(mine, theirs)
-    else:
-        out["reg"] = weight_distance(self.net, self.frozen)
-    if self.settings.denoise_weight > 0:
-        out["denoise"] = self.diffusion.loss(net=self.net, lq=lq, gt=gt,
-                                             generator=self.generator).mean()
+    if self.settings.fidelity_weight > 0:
+        out["fidelity"] = ((x0_hat - gt) ** 2).flatten(1).mean(1).mean()
     return out, x0_hat, terms
 ''', "update_frm": '''
 def update_frm(self, restored, lq, gt):

@@ -4,6 +4,7 @@ import statistics
 
 import pytest
 
+import evaluate
 import settings
 from support.cli import UserError
 from tools import arms
@@ -15,7 +16,7 @@ SEEDS = ({"sft": [20.0, .25, .5], "a": [20.5, .5, .5]},
 def test_every_arm_is_a_command_and_no_two_are_the_same():
     seen = []
     for name, flags in arms.ARMS.items():
-        given = settings.parse(["--mode", *flags.split()])
+        given = settings.parse(["--mode", *flags.split(), "--preset", "drawn64"])
         run = settings.resolve(given.pop("mode"), given)
         settings.method_values(run)
         assert vars(run) not in seen, name
@@ -59,17 +60,18 @@ def test_arms_that_are_done_are_left_and_those_that_were_stopped_go_on(tmp_path,
         (home / name).mkdir(parents=True)
         (home / name / file).touch()
     command = ["run", "sft_longer", "offline", "refl", "darl_rl", "--root", str(tmp_path),
-               "--seeds", "1", "--lpips_weights", "FILE", "--frontier", "--steps", "7",
-               "--preset", "small"]
+               "--seeds", "1", "--lpips_weights", "FILE", "--frontier", "--tflop", "7",
+               "--preset", "small", "--judge_weights", "ALEX"]
     arms.main(command)
     def begun(mode, arm):
         return (f"train.py --mode {mode} --seed 1 --out {home}/{arm} --init {home}/sft/last.pt "
-                "--steps 7 --preset small ")
+                "--tflop 7 --preset small ")
     assert calls == [
         begun("sft", "sft_longer") + "--steps 1000000",
         begun("refl", "refl") + "--lpips_weights FILE --resume",
         begun("darl", "darl_rl") + "--lpips_weights FILE --blend 1",
-        f"evaluate.py --out {home}/evaluation --rewards default --lpips_weights FILE --frontier "
+        f"evaluate.py --out {home}/evaluation --rewards default --lpips_weights FILE "
+        "--judge_weights ALEX --frontier "
         "--ckpt " + " ".join(f"{home}/{name}/last.pt" for name in (
             "sft", "sft_longer", "offline", "refl", "darl_rl"))]
     calls.clear()
@@ -78,3 +80,5 @@ def test_arms_that_are_done_are_left_and_those_that_were_stopped_go_on(tmp_path,
     (home / "refl" / "done").unlink()
     arms.main([*command, "--init", "X.pt"])
     assert "--init X.pt" in calls[1] and calls[1].startswith("train.py --mode refl")
+    for program, *flags in map(str.split, calls[1:]):       # both take what they are given
+        evaluate.parser().parse_args(flags) if program == "evaluate.py" else settings.parse(flags)

@@ -135,7 +135,8 @@ def test_helpers_imports_and_constants_are_taken_along_from_a_zip(tmp_path, solv
         assert old in source
         source = source.replace(old, new, 1)
     copies.write_zip(tmp_path / "a.zip", {"lrpo.py": source.encode()})
-    command("check", tmp_path / "a.zip", "--limit", 200, "--only", "noise_level_weights", "ssim")
+    command("check", tmp_path / "a.zip", "--limit", 200, "--only", "noise_level_weights",
+            "ssim_map")
     said = capsys.readouterr().out.splitlines()
     assert said[0].split() == ["noise_level_weights", "policy", "passed"]
     assert "rewards.py is not in a.zip" in said[1]
@@ -197,14 +198,14 @@ def test_an_entry_is_scored_on_new_faces_and_the_table_has_the_best_first(runs, 
             return 1 - (x - y).abs().mean(dim=(1, 2, 3))
 
     def score(ckpt, *more):
-        args = course.parser().parse_args(["score", str(ckpt), "--sft", str(runs / "sft/last.pt"),
-                                           "--n", "4", "--device", "cpu", *more])
         with patch("evaluate.LPIPS", Likeness):
-            args.run(args)
-    score(runs / "lrpo/last.pt", "--name", "first", "--json", str(tmp_path / "1.json"))
+            command("score", ckpt, "--sft", runs / "sft/last.pt", "--n", 4, "--device", "cpu",
+                    *more)
+    score(runs / "lrpo/last.pt", "--name", "first", "--json", tmp_path / "1.json")
     entry = json.loads((tmp_path / "1.json").read_text())
     assert {key: type(value) for key, value in entry.items()} == board.FIELDS
-    assert entry["images"] == 4 and entry["size"] == 16 and entry["name"] == "first"
+    assert [*entry.values()][:2] == ["first", "lpips_alex"]
+    assert entry["images"] == 4 and entry["size"] == 16
     (tmp_path / "2.json").write_text(json.dumps(entry | {"name": "a|b", "score": 9.}))
     capsys.readouterr()
     board.leaderboard(Namespace(entries=[tmp_path / "1.json", tmp_path / "2.json"]))
@@ -214,9 +215,15 @@ def test_an_entry_is_scored_on_new_faces_and_the_table_has_the_best_first(runs, 
         (tmp_path / "3.json").write_text(text)
         with pytest.raises(UserError, match="3.json: not an entry"):
             board.leaderboard(Namespace(entries=[tmp_path / "3.json"]))
-    (tmp_path / "3.json").write_text(json.dumps(entry | {"seed": 5}))
-    with pytest.raises(UserError, match="different faces"):
-        board.leaderboard(Namespace(entries=[tmp_path / "1.json", tmp_path / "3.json"]))
-    run("sft", tmp_path / "wide", "--channels", "16")
+    for other in ({"seed": 5}, {"judge": "haarpsi"}):
+        (tmp_path / "3.json").write_text(json.dumps(entry | other))
+        with pytest.raises(UserError, match="different faces"):
+            board.leaderboard(Namespace(entries=[tmp_path / "1.json", tmp_path / "3.json"]))
+    state = torch.load(runs / "lrpo/last.pt", weights_only=True)
+    state["args"] |= {"rewards": "lpips=1", "lpips_net": "alex"}
+    torch.save(state, tmp_path / "judged.pt")
+    with pytest.raises(UserError, match="it is no judge"):
+        score(tmp_path / "judged.pt")
+    run("sft", tmp_path / "wide", "--channels", "16", "--size", "16", "--faces", "24")
     with pytest.raises(UserError, match="another network"):
         score(tmp_path / "wide/last.pt")

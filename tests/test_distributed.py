@@ -1,5 +1,4 @@
 """Two processes, as torchrun starts them, train what one process trains."""
-import csv
 import os
 import socket
 from unittest.mock import patch
@@ -9,7 +8,7 @@ import torch
 
 import sft
 import train
-from common import SMALL, run, small_presets
+from common import SMALL, log_of, run, small_presets
 from support import distributed
 from support.cli import UserError
 
@@ -29,13 +28,6 @@ def every_mode(out, one, steps):
         flags = flags if not (out / name).exists() else [*flags, "--resume"]
         with patch.object(sft, "MAX_GRAD_NORM", .01 if name == "clipped" else 1.0):
             run(mode, out / name, *flags, steps=steps)
-
-
-def rows(folder):
-    """metrics.csv without the seconds."""
-    with open(folder / "metrics.csv", newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v and k != "seconds"}
-                for row in csv.DictReader(file)]
 
 
 def rank(number, port, out, one):
@@ -72,7 +64,7 @@ def test_two_ranks_train_what_one_process_trains_and_one_goes_on(tmp_path):
             x, y = (torch.cat([v.flatten().double() for v in state[part].values()])
                     for state in (a, b))
             assert (x - y).norm() < 1e-5 * x.norm(), (name, part)
-        for a, b in zip(*(rows(root / name) for root in (one, two)), strict=True):
+        for a, b in zip(*(log_of(root / name) for root in (one, two)), strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-4), name
 
 

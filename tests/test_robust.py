@@ -173,7 +173,8 @@ def test_what_is_not_finite_is_named_and_never_applied(runs, tmp_path, monkeypat
                 elif where == "gradient":
                     next(iter(method.net.parameters())).register_hook(poison)
                 else:
-                    method.reward.terms["ssim"] = lambda x, gt: x.mean((1, 2, 3)) * float("nan")
+                    reward = getattr(method, "lrpo", method).reward     # darl has it there
+                    reward.maps["ssim"] = lambda x, gt: [x.mean(dim=1) * float("nan")]
             return original(batch)
         method.step = second_is_bad
         return step(run_, method, *rest)
@@ -218,7 +219,8 @@ def test_a_path_is_compared_as_a_place(runs, tmp_path, monkeypatch):
 def test_evaluate_leaves_face_out_where_there_is_no_reward_model(tmp_path, capsys):
     run("sft", tmp_path / "sft")
     evaluate.compare(evaluate.parser().parse_args(
-        ["--ckpt", str(tmp_path / "sft" / "last.pt"), "--n", "4", "--out", str(tmp_path / "e")]))
+        ["--ckpt", str(tmp_path / "sft" / "last.pt"), "--n", "4", "--out", str(tmp_path / "e"),
+         "--rewards", "ssim=.5,face=.5"]))
     assert "face is left out" in capsys.readouterr().out
 
 

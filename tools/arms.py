@@ -30,14 +30,18 @@ FULL = "lrpo --own_steps 0 --batch_size 8 --lr 1e-4"    # a rollout costs eight 
 PAPER = "lrpo --recipe paper --rewards default --lpips_net squeeze --batch_size 8"
 ARMS = {        # name: mode and flags
     "sft_longer": "sft --steps 1000000",        # the baseline that others must beat: give --tflop
-    "ours": "lrpo", "margin_0": "lrpo --fidelity_margin 0", "offline": "lrpo --rewards offline",
-    "lpips_alone": "lrpo --rewards lpips=1", "face_alone": "lrpo --rewards face=1",     # strategy 1
+    "ours": "lrpo", "credit_0": "lrpo --credit 0", "margin_0": "lrpo --fidelity_margin 0",
+    "offline": "lrpo --rewards offline",                                                # strategy 1
+    "lpips_alone": "lrpo --rewards lpips=1", "face_alone": "lrpo --rewards face=1",
     "likelihood_off": "lrpo --gt_weight 0", "margin_half": "lrpo --fidelity_margin .5",
     "likelihood_alone": "lrpo --pg_weight 0 --gt_weight 7",                             # strategy 2
     "full": FULL, "full_unweighted": f"{FULL} --noise_level_weights off",               # strategy 3
     "paper": PAPER, "paper_fast": f"{PAPER} --ddim_steps 5 --lr 1e-4",
     "group_2": "lrpo --group 2 --batch_size 128", "group_16": "lrpo --group 16 --batch_size 16",
-    "refl": "refl", "darl": "darl", "darl_half": "darl --blend .5", "darl_rl": "darl --blend 1",
+    "refl": "refl", "refl_fixed": "refl --frm_update_every 0",
+    "refl_offline": "refl --rewards offline",
+    "refl_paper": "refl --recipe paper --lpips_net squeeze --ddim_steps 5 --lr 1e-4",
+    "darl": "darl", "darl_half": "darl --blend .5", "darl_rl": "darl --blend 1",
     "darl_hard": "darl --blend hard", "darl_easy": "darl --blend easy",
     "darl_gt": "darl --rewards ssim=.3,dwt=.7", "darl_kl": "darl --kl_weight .1"}
 FILES = settings_fields(RewardFiles)
