@@ -11,9 +11,11 @@ that is trained on them gains.
     ssim         Wang's, over RGB (rewards.py, tested against scikit-image); if no reward has it
     haarpsi      HaarPSI (Reisenhofer et al. 2018), by piq: wavelets, nothing learnt
     lpips_alex   LPIPS with another backbone than the reward's (--judge_net); lower is better
+    identity     with --identity: distance of dlib's 128 numbers of a face from those of the ground
+                 truth, lower is better; and rank1, the share of faces that are nearest to their own
 
-Images below 128 px are enlarged twice for the last two. "±" is the standard error over the images
-of the difference to the first checkpoint.
+Images below 128 px are enlarged twice for haarpsi and LPIPS. "±" is the standard error over the
+images of the difference to the first checkpoint.
 
     python evaluate.py --ckpt runs/lrpo/last.pt --lq lq --data gt --images CodeFormer
 
@@ -41,6 +43,7 @@ from support.data import Photos, pairs, to_float
 from support.frontier import (FRONTIER_STEPS, distances_beyond, draw_frontier, sampler_points,
                               verdict)
 from support.given import read_given
+from support.identity import Identity
 from support.pictures import comparison
 from support.table import means, table
 
@@ -134,7 +137,8 @@ def load(args, device):
     paths = [Path(path).resolve() for path in args.ckpt]
     labels = [path.parent.name if path.stem == "last" else path.stem for path in paths]
     labels += [Path(folder).resolve().name for folder in args.images]
-    return nets, states, labels if len({*labels}) == len(labels) else [*args.ckpt, *args.images]
+    unique = len({"LQ", "ground truth", *labels}) == len(labels) + 2
+    return nets, states, labels if unique else [*args.ckpt, *args.images]
 
 
 def rewards_of(states, args) -> list[dict[str, float]]:
@@ -195,6 +199,9 @@ def compare(args):
     reward = load_composite(args, trained_on, blind, size, device)
     lq, gt, others = (given(args, size, device) if args.lq or args.images else
                       (*held_out(data, size, args.n, device), []))
+    if args.identity and (blind or not data):
+        raise UserError("--identity: needs real faces as ground truth; name their folder by --data")
+    identity = args.identity and Identity(gt)
     out = make_folder(args.out)
     (out / "frontier.png").unlink(missing_ok=True)      # of an earlier comparison
 
@@ -205,6 +212,8 @@ def compare(args):
     columns = {"LQ": lq, **dict(zip(labels, images))}
     all_rows = {label: measure(x, gt, reward, judges) for label, x in columns.items()}
     rows = {label: all_rows[label] for label in labels}
+    if identity:
+        all_rows = {label: row | identity(columns[label]) for label, row in all_rows.items()}
 
     source = f"{args.lq}, ground truth {args.data}" if args.lq else data or "drawn faces"
     facts = {"ckpt": dict(zip(labels, map(str, args.ckpt))), "data": source,
@@ -217,7 +226,9 @@ def compare(args):
           f"{', '.join(map(str, Ks))}, eta = {args.eta}, seed {args.seed}")
     if judges:
         print("\nJudges, which no reward contains (TFLOP: the operations of the training):")
-        print(table(all_rows, labels[0], [k for k in judges if k not in terms], facts["tflop"]))
+        names = [name for name in judges if name not in terms]
+        print(table(all_rows, labels[0], names + ["identity", "rank1"] * args.identity,
+                    facts["tflop"]))
     formula = " + ".join(f"{w:g} {name}" for name, w in reward.weights.items())
     print(f"\nThe reward {formula}, and its terms:")
     print(table(all_rows, labels[0], ["reward", *(f"r_{name}" for name in reward.weights)]))
@@ -248,6 +259,8 @@ def parser() -> argparse.ArgumentParser:
                    "and eta, and each row's distance from what those reach")
     p.add_argument("--best_of", type=positive, help="also the best by reward of n restorations by "
                    "the first checkpoint")
+    p.add_argument("--identity", action="store_true", help="also the distance between the faces of "
+                   "real people, by dlib, which is to be installed")
     p.add_argument("--judge_net", default="alex", choices=LPIPS_NETS, help="backbone of the LPIPS "
                    "that judges (alex)")
     p.add_argument("--judge_weights", type=not_empty, help="its file; left out: fetched")
