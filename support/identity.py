@@ -30,7 +30,7 @@ class Identity:
             import dlib     # the package of the weights is not imported: it needs an old setuptools
             home = importlib.util.find_spec("face_recognition_models").submodule_search_locations[0]
         except (ImportError, AttributeError):       # AttributeError: there is no such package
-            raise UserError("--identity: needs pip install dlib-bin face-recognition-models") from None
+            raise UserError("--identity: pip install dlib-bin face-recognition-models") from None
         self.net = dlib.face_recognition_model_v1(str(Path(home) / WEIGHTS))
         self.gt = self.numbers(gt)
 

@@ -1,4 +1,4 @@
-"""The demo on networks as small as they come: what it trains, shows and says, and twice the same."""
+"""The demo on tiny networks: what it trains, shows and says, and twice the same."""
 import json
 import warnings
 

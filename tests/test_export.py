@@ -20,7 +20,7 @@ def test_the_exported_restorer_is_the_average_of_the_run_to_half_precision(runs,
     net, state = load_restorer(out)
     for name, v in net.state_dict().items():
         assert v.dtype == torch.float32
-        error = (v - run_["ema"][name]).abs()               # a half has 11 bits, the last is rounded
+        error = (v - run_["ema"][name]).abs()       # a half has 11 bits, the last is rounded
         assert (error <= 2 ** -11 * run_["ema"][name].abs() + 2 ** -25).all(), name
     assert any(not torch.equal(v, run_["model"][name]) for name, v in net.state_dict().items())
     assert {name: state[name] for name in ("step", "config", "tflop")} == {
