@@ -233,7 +233,7 @@ def compare(args):
     print(f"\nThe reward {formula}, and its terms:")
     print(table(all_rows, labels[0], ["reward", *(f"r_{name}" for name in reward.weights)]))
     for label, x in zip(labels, images if gt is not None else ()):
-        if (times := checkerboard(x) / checkerboard(gt)) > CHECKERBOARD:
+        if (times := checkerboard(x) / max(checkerboard(gt), 1e-12)) > CHECKERBOARD:
             print(f"{label}: {times:.0f} times the ground truth's energy at the highest spatial "
                   "frequency, a checkerboard")
     columns |= {} if gt is None else {"ground truth": gt}
