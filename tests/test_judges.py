@@ -125,7 +125,7 @@ def test_a_checkerboard_is_reported_from_ten_times_the_ground_truths_energy(comp
     monkeypatch.setattr(evaluate, "held_out", lambda *_: (base, base + 0.01 * BOARD))
     monkeypatch.setattr(evaluate, "restore", lambda *_: images.pop(0))
     _, said, _ = compare("ssim=1")
-    assert [line for line in said if "checkerboard" in line] == [
+    assert [line for line in said if line.endswith("a checkerboard")] == [
         "trained: 12 times the ground truth's energy at the highest spatial frequency, a "
         "checkerboard"]
 
@@ -133,10 +133,10 @@ def test_a_checkerboard_is_reported_from_ten_times_the_ground_truths_energy(comp
 # ---- the picture ----
 
 def columns(n=8):
-    """Two restorations that differ from each other in one window, of face 3."""
+    """Two restorations that differ in one window, of face 3 if there are so many."""
     gt = noise(2, n, 3, 16, 16).clamp(-1, 1)
     one, other = gt * 0.8, gt * 0.8
-    other[3, :, 8:12, 4:8] += 0.15
+    other[min(3, n - 1), :, 8:12, 4:8] += 0.15
     return {"LQ": gt * 0.5, "sft": one, "lrpo": other, "ground truth": gt}
 
 
