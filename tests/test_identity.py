@@ -31,7 +31,8 @@ def test_distances_of_forty_blurred_faces():
     assert found["identity"].mean().item() == pytest.approx(.525, abs=.03)
     others = torch.cdist(judge.numbers(blurred), judge.gt)[~torch.eye(40, dtype=torch.bool)]
     assert others.mean().item() == pytest.approx(.712, abs=.03)
-    assert found["rank1"].mean().item() == pytest.approx(.8, abs=RANK)
+    # Of the rank of 40 faces .06 is the standard error: two of them.
+    assert found["rank1"].mean().item() == pytest.approx(.8, abs=2 * (.8 * .2 / 40) ** .5)
 
 
 def find(monkeypatch, spec):
