@@ -77,7 +77,9 @@ def given(args, size: int, device):
 @torch.no_grad()
 def measure(x: Tensor, gt: Tensor | None, reward, judges: dict = BASIC) -> dict[str, Tensor]:
     """Every metric of the restorations x (N, 3, H, W), for each image: name -> (N,). `judges`,
-    {name: function of (x, gt) to (N,)}, has those that are not of the reward."""
+    {name: function of (x, gt) to (N,)}, are measured beside the reward, and PSNR and SSIM where
+    there is a ground truth."""
+    judges = judges if gt is None else BASIC | judges
     rows = []
     for a, b in zip(x.split(BATCH), [None] * len(x) if gt is None else gt.split(BATCH)):
         total, terms = reward(a, b)

@@ -1,8 +1,8 @@
 """LRPO: online reinforcement learning on a diffusion restorer, regularised by the ground truth.
 
 Paper    LRPO, Likelihood-Regularised Policy Optimisation (Wu et al. 2025, arXiv 2509.23339).
-         It builds on DDPO (arXiv 2305.13301), PPO (1707.06347) and GRPO (2402.03300).
-Policy   Each of the K DDIM steps is a Gaussian: pi(x_{t-1} | x_t, LQ) = N(mu, sigma^2 I).
+         It builds on DDPO (arXiv 2305.13301), PPO (1707.06347) and GRPO (2402.03300). Each DDIM
+         step is a Gaussian policy: pi(x_{t-1} | x_t, LQ) = N(mu, sigma^2 I).
 Steps    of the algorithm, in the order of `LRPO.step` and `LRPO.optimise`:
          1. Restore each LQ image G times.                                `LRPO.rollout`
          2. Score the results by the composite reward (strategy 1).       rewards.py
@@ -32,8 +32,7 @@ from support.distributed import gather, gaussian, own_rows
 from support.log import to_floats
 from support.optimise import optimiser_step
 
-ADV_EPS = 1e-4              # LRPO's code: bounds the advantage where the rewards hardly differ
-ADV_CLIP = 5.0              # LRPO's code: bounds the weighted advantage
+ADV_EPS, ADV_CLIP = 1e-4, 5.0   # LRPO's code: beside the deviation, and of the weighted advantage
 TRUST = 1.64                # LRPO's code: a clip range of 1e-4 at D = 4*64*64. TRUST / D is ours
 GT_TEMPERATURE = 40.0       # LRPO's code: L_gt = 1 - exp(log pi / 40)
 MIN_STD = 1e-6              # ours: below it the float32 rewards of a group count as equal
@@ -53,7 +52,7 @@ class PolicySettings:
                              "trained; a group shares those before (0: none)", type=whole)
     credit: int = setting(0, 0, "side of a patch with its own advantage, px (0: image)", type=whole)
     updates: int = setting(2, 1, "passes over a rollout")
-    minibatch: int = setting(0, 1, "images in an optimiser step (0: all)", type=whole)
+    minibatch: int = setting(0, 1, "images of a process in an optimiser step (0: all)", type=whole)
     steps_per_update: int = setting(0, 1, "DDIM steps in an optimiser step (0: all)", type=whole)
     clip: float = setting(None, 1e-4, "clip range of the ratio; left out: 1.64 / D, as published")
     adv_std: str = setting("group", "batch", "in the advantage", choices=["group", "batch"])
@@ -158,8 +157,8 @@ class LRPO:
     def __init__(self, net, diffusion: Diffusion, reward, generator: torch.Generator, settings):
         self.net, self.diffusion, self.reward, self.generator = net, diffusion, reward, generator
         self.settings, self.schedule = settings, diffusion.schedule(settings.ddim_steps)
-        noisy = settings.ddim_steps - 1         # the last DDIM step has sigma = 0
-        self.shared = max(0, noisy - (settings.own_steps or noisy))     # DDIM steps
+        noisy = settings.ddim_steps - 1                 # DDIM steps: the last one has sigma = 0
+        self.shared = max(0, noisy - (settings.own_steps or noisy))
         patch = settings.credit or net.config.size
         if net.config.size % patch:
             raise UserError(f"--credit {patch}: must divide the images' {net.config.size} px")
@@ -182,11 +181,13 @@ class LRPO:
         x = gaussian(lq if self.shared else repeat_to(lq, B), self.generator)       # x_T
         for k, (t, s) in enumerate(self.schedule[:-1]):
             mu, sigma, x0_hat = self.policy(x, lq, t, s)                # (N, 3, H, W)
-            mu = mu if k < self.shared else repeat_to(mu, B)
-            action = mu + sigma * gaussian(mu, self.generator)          # (P or B, 3, H, W)
-            if k >= self.shared:
-                log_prob = gaussian_log_prob(action, mu, sigma, self.g)     # (B, g, g)
-                steps.append(Transition(t, s, x, action, log_prob, x0_hat))
+            if k < self.shared:
+                x = mu + sigma * gaussian(mu, self.generator)           # (P, 3, H, W)
+                continue
+            mu = repeat_to(mu, B)
+            action = mu + sigma * gaussian(mu, self.generator)          # (B, 3, H, W)
+            log_prob = gaussian_log_prob(action, mu, sigma, self.g)     # (B, g, g)
+            steps.append(Transition(t, s, x, action, log_prob, x0_hat))
             x = action
         restored, _, _ = self.policy(x, lq, *self.schedule[-1])         # sigma = 0
         return restored, steps
@@ -284,8 +285,7 @@ class LRPO:
         return metrics | {"grad_norm": norm[None]}
 
     def numbers(self, stats: dict[str, Tensor]) -> dict[str, float]:
-        """The metrics as numbers. Raises RuntimeError if the ratio was not 1 before the first
-        optimiser step: then rollout and update do not compute the same policy."""
+        """The metrics as numbers. Raises RuntimeError if the first ratio is not 1, as it must be."""
         stats = to_floats(stats)
         if (off := stats["first_off_max"]) > (BF16_SLACK if self.net.bf16 else RATIO_SLACK):
             raise RuntimeError(f"the ratio is off 1 by {off:.1e} before any update")

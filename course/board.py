@@ -29,7 +29,7 @@ def score(args):
     """Measure a checkpoint, print the result and write its entry. Raises UserError if it is another
     network than that of --sft, or was trained on the judge."""
     out, device = Path(args.json or Path(args.ckpt).parent / "entry.json"), pick_device(args.device)
-    args.ckpt, args.judge_net = [args.sft, args.ckpt], "alex"
+    args.ckpt, args.judge_net, args.images = [args.sft, args.ckpt], "alex", []
     (base, net), states, _ = evaluate.load(args, device)
     if net.config != base.config:
         raise UserError(f"score {args.ckpt[1]}: another network than that of --sft {args.sft}; "

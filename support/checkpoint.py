@@ -66,8 +66,8 @@ def replacing(path):
 
 def save(path, state: dict):
     """Write a checkpoint. Raises UserError if that is not possible."""
-    with replacing(path) as part:
-        torch.save(state, part)
+    with replacing(path) as part, open(part, "wb") as file:     # a path's name would be in the file
+        torch.save(state, file)
 
 
 @contextmanager

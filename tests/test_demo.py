@@ -83,8 +83,8 @@ def test_without_lpips_the_demo_says_first_that_it_runs_refl_on_what_needs_none(
     monkeypatch.setattr(train, "OFFLINE", train.OFFLINE | {"steps": 4})
     said, metrics, out = demo("one")
     first = next(line for line in said.splitlines() if not line.startswith("Downloading"))
-    assert first.startswith("demo goes on with --methods refl --rewards offline. LPIPS: its squeeze "
-                            "backbone could not be fetched")
+    assert first.startswith("demo goes on with --methods refl --rewards offline. LPIPS: its "
+                            "squeeze backbone could not be fetched")
     assert {path.name for path in out.iterdir()} == {"frm", "refl", "sft", "evaluation"}
     assert log_of(out / "refl")[-1]["step"] == 4 and args_of(out / "refl")["rewards"] == "offline"
     assert json.loads(metrics)["rewards"] == {"face": 1.0, "ssim": 0.3}

@@ -13,7 +13,8 @@ from support import distributed
 from support.cli import UserError
 
 METHODS = {"sft": [], "clipped": [], "frm": [], "lrpo": [],
-           "plain": ["--recipe", "paper", "--group", "2", "--rewards", "ssim=1", "--lr", "1e-3"],
+           "plain": ["--recipe", "paper", "--minibatch", "0", "--group", "2", "--rewards", "ssim=1",
+                     "--lr", "1e-3"],
            "refl": ["--rewards", "face=.5,ssim=.5", "--frm_update_every", "2"], "darl": []}
 
 
