@@ -285,7 +285,7 @@ class LRPO:
         return metrics | {"grad_norm": norm[None]}
 
     def numbers(self, stats: dict[str, Tensor]) -> dict[str, float]:
-        """The metrics as numbers. Raises RuntimeError if the first ratio is not 1, as it must be."""
+        """The metrics as numbers. Raises RuntimeError if the first ratio is not 1, as it must."""
         stats = to_floats(stats)
         if (off := stats["first_off_max"]) > (BF16_SLACK if self.net.bf16 else RATIO_SLACK):
             raise RuntimeError(f"the ratio is off 1 by {off:.1e} before any update")
