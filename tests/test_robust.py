@@ -84,8 +84,8 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path, monk
     run("sft", tmp_path / "sft")
     before = (tmp_path / "sft" / "last.pt").read_bytes()
 
-    def full(state, part):
-        Path(part).write_bytes(b"half")
+    def full(state, file):
+        file.write(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos")
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(UserError, match="cannot be written .the disk is full"):
