@@ -30,17 +30,17 @@ class Identity:
             import dlib     # the package of the weights is not imported: it needs an old setuptools
             home = importlib.util.find_spec("face_recognition_models").submodule_search_locations[0]
         except (ImportError, AttributeError):       # AttributeError: there is no such package
-            raise UserError("--identity: pip install dlib-bin face-recognition-models") from None
+            raise UserError("--identity: dlib or its weights are not installed; "
+                            "pip install dlib-bin face-recognition-models") from None
         self.net = dlib.face_recognition_model_v1(str(Path(home) / WEIGHTS))
         self.gt = self.numbers(gt)
 
     def numbers(self, x: Tensor) -> Tensor:
         """dlib's numbers of the central faces of x (N, 3, S, S) in [-1, 1]: (N, 128)."""
         side = round(SIDE * x.shape[-1])
-        left, top = (round(c * x.shape[-1] - side / 2) for c in CENTRE)
-        x = F.interpolate(x[..., top:top + side, left:left + side].float().cpu(), CHIP,
-                          mode="bicubic")                               # (N, 3, 150, 150)
-        chips = to_uint8(x).permute(0, 2, 3, 1).contiguous().numpy()
+        left, top = (round((c - SIDE / 2) * x.shape[-1]) for c in CENTRE)
+        x = x[..., top:top + side, left:left + side].float().cpu()      # (N, 3, side, side)
+        chips = to_uint8(F.interpolate(x, CHIP, mode="bicubic")).movedim(1, 3).contiguous().numpy()
         return torch.from_numpy(np.array([self.net.compute_face_descriptor(c) for c in chips]))
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
