@@ -60,8 +60,8 @@ def train_here(run):
     saved = load_run(out / "last.pt", "--resume") if run.resume else None
     if saved:
         check_resume(saved, run, frm)
-        if saved["step"] >= run.steps:
-            return print(f"{run.mode}: {out} is finished; with a higher --steps it goes on")
+        if saved["step"] >= run.steps or saved.get("tflop", 0) >= (run.tflop or math.inf):
+            return print(f"{run.mode}: {out} is finished; a higher --steps or --tflop goes on")
     photos = Photos.load(run.data, run.size, "train", run.faces, run.seed, run.workers)
     identity = photos.digest() if run.data else None
     if saved:

@@ -76,6 +76,7 @@ def test_the_demo_compares_its_methods_with_sft_for_as_many_operations_twice_the
     assert (out / "evaluation" / "comparison.png").exists()
 
     assert demo("two", *flags)[1] == metrics
+    assert demo("one", *flags, "--resume")[1] == metrics    # nothing is left to do
 
 
 def test_without_lpips_the_demo_says_first_that_it_runs_refl_on_what_needs_none(demo, monkeypatch):

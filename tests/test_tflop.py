@@ -57,6 +57,9 @@ def test_operations_stop_a_run_and_are_kept(tmp_path):
     rows = log_of(tmp_path / "sft")
     assert [row["tflop"] for row in rows] == pytest.approx([0, one, 2 * one, 3 * one, 4 * one])
     assert state["tflop"] == rows[-1]["tflop"]
+    before = (tmp_path / "sft" / "last.pt").read_bytes()        # it is finished
+    run("sft", tmp_path / "sft", "--tflop", str(3.5 * one), "--resume", steps=50)
+    assert (tmp_path / "sft" / "last.pt").read_bytes() == before
 
 
 def test_a_method_counts_the_training_of_its_reward_model(runs):
