@@ -9,6 +9,8 @@ import torch
 import settings
 import train
 from model import Config, UNet
+from support.checkpoint import replacing
+from support.log import Log
 
 SMALL = ["--batch_size", "4", "--device", "cpu", "--ddim_steps", "3", "--every", "3"]
 
@@ -51,10 +53,17 @@ def run(mode, out, *more, steps=3):
     return torch.load(out / "last.pt", weights_only=True)
 
 
+def no_curves(log, path):
+    """An empty file: to draw curves takes twice as long as a tiny run."""
+    with replacing(path) as part:
+        part.touch()
+
+
 @contextmanager
 def small_presets(rewards="offline"):
     """Networks, data sets, rollouts and measurements as small as they come."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "curves", no_curves)
         patch.setattr(settings, "VALIDATION", 8)
         patch.setattr(settings, "RESTORED_PAIRS", 8)
         patch.setitem(settings.PRESETS, "tiny", dict(

@@ -10,6 +10,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import evaluate
@@ -23,10 +24,11 @@ from rewards import REWARDS_HELP
 from settings import METHODS, Method
 from support.cli import UserError, setting, settings_fields
 from support.distributed import gaussian
-from support.log import to_floats
+from support.log import Log, to_floats
 from tools import label_pairs
 
 ROOT = Path(__file__).parents[1]
+DRAW = Log.curves       # before small_presets replaces it
 pytestmark = pytest.mark.usefixtures("little_work")
 
 
@@ -43,6 +45,20 @@ def test_a_run_leaves_what_the_readme_says(runs):
     for name in ("reward", "ssim", "face", "ratio_mean", "ratio_max", "clip_fraction",
                  "approx_kl", "equal_groups", "grad_norm", "heldout_psnr", "heldout_ssim"):
         float(rows[-1][name])
+
+
+def test_curves_have_a_panel_for_each_column_but_step_and_seconds(runs, tmp_path, monkeypatch):
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda fig, *given, **more: (
+        drawn.extend(fig.axes), savefig(fig, *given, **more)))
+    log = Log(runs / "lrpo" / "metrics.csv")
+    DRAW(log, tmp_path / "curves.png")
+    panels = {ax.get_title(): ax.lines[0].get_xydata() for ax in drawn if ax.get_title()}
+    assert [*panels] == [name for name in log.rows[0] if name not in ("step", "seconds")]
+    for name, values in (("reward", [1, 2, 3]), ("heldout_psnr", [0, 3]), ("tflop", [0, 1, 2, 3])):
+        assert panels[name][:, 0].tolist() == values, name      # a panel skips empty cells
+        assert panels[name][-1, 1] == float(log.rows[-1][name])
+    assert Image.open(tmp_path / "curves.png").size[0] == 14 * 70
 
 
 @pytest.mark.parametrize("mode", ["sft", "frm", "lrpo", "refl", "darl"])
