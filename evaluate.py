@@ -75,7 +75,7 @@ def given(args, size: int, device):
 
 
 @torch.no_grad()
-def measure(x: Tensor, gt: Tensor | None, reward, judges: dict = BASIC) -> dict[str, Tensor]:
+def measure(x: Tensor, gt: Tensor | None, reward, judges: dict = {}) -> dict[str, Tensor]:
     """Every metric of the restorations x (N, 3, H, W), for each image: name -> (N,). `judges`,
     {name: function of (x, gt) to (N,)}, are measured beside the reward, and PSNR and SSIM where
     there is a ground truth."""
@@ -157,9 +157,9 @@ def rewards_of(states, args) -> list[dict[str, float]]:
 
 
 def load_judges(args, device) -> dict:
-    """The judges, for `measure`. Prints a line if the backbone of the LPIPS that judges is not
-    given and cannot be fetched. Raises UserError for a wrong file."""
-    judges = BASIC | {"haarpsi": haarpsi}
+    """The judges beside PSNR and SSIM, for `measure`. Prints a line if the backbone of the LPIPS
+    that judges is not given and cannot be fetched. Raises UserError for a wrong file."""
+    judges = {"haarpsi": haarpsi}
     try:
         lpips = LPIPS(args.judge_net, args.judge_weights, "--judge_weights").to(device)
         judges[f"lpips_{args.judge_net}"] = lambda x, gt: 1 - lpips(x, gt)
@@ -227,8 +227,8 @@ def compare(args):
     print(f"{len(lq)} {'given' if args.lq else 'held-out'} images ({source}) of {size} px, K = "
           f"{', '.join(map(str, Ks))}, eta = {args.eta}, seed {args.seed}")
     if judges:
-        print("\nJudges, which no reward contains (TFLOP: the operations of the training):")
-        names = [name for name in judges if name not in terms]
+        print("\nJudges, which no reward contains (TFLOP: the operations of that run):")
+        names = [name for name in BASIC | judges if name not in terms]
         print(table(all_rows, labels[0], names + ["identity", "rank1"] * args.identity,
                     facts["tflop"]))
     formula = " + ".join(f"{w:g} {name}" for name, w in reward.weights.items())

@@ -14,7 +14,7 @@ Shapes   P LQ images, G restorations of each, B = P * G. Rewards, advantages and
          given for each of g x g patches of D values; in the paper g is 1. Its t-1 is s here.
 Departs  by the values of settings; `--recipe paper` takes the published ones. Ours: a group shares
          all noise but that of its last noisy DDIM step, which alone is trained (--own_steps); each
-         patch of 8 px has its own advantage (--credit); the likelihood places x_gt on the path of
+         patch has its own advantage, at 64 px (--credit); the likelihood places x_gt on the path of
          x_t (--gt_target), with a weight by the PSNR (--gt_weight). See docs/paper_to_code.md.
 """
 import math
@@ -54,9 +54,9 @@ class PolicySettings:
     updates: int = setting(2, 1, "passes over a rollout")
     minibatch: int = setting(0, 1, "images of a process in an optimiser step (0: all)", type=whole)
     steps_per_update: int = setting(0, 1, "DDIM steps in an optimiser step (0: all)", type=whole)
-    clip: float = setting(None, 1e-4, "clip range of the ratio; left out: 1.64 / D, as published")
-    adv_std: str = setting("group", "batch", "in the advantage", choices=["group", "batch"])
-    noise_level_weights: str = setting("on", "on", "strategy 3", choices=["on", "off"])
+    clip: float = setting(None, 1e-4, "clip range of the ratio; left out: 1.64 / D, which is ours")
+    adv_std: str = setting("group", "batch", "whose std divides", choices=["group", "batch"])
+    noise_level_weights: str = setting("on", "on", "of LRPO, strategy 3", choices=["on", "off"])
 
     def __post_init__(self):
         for name, idle in (("noise_level_weights", "on"), ("steps_per_update", 0)):

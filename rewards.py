@@ -12,12 +12,12 @@ Departs  An average pool stands in for the low-pass band of the dual-tree wavele
 Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,); higher is
 better. A gradient flows through each. All but CLIP-IQA are means over places, so that the same
 reward also says where an image is better: `maps` of a term are maps whose means add up to it, and
-`CompositeReward` averages them over patches. `ms` is the time for one image of 64 px on two cores.
+`CompositeReward` averages them over patches. `ms` is for an image of 64 px (lpips: 1.35 times 7).
 
     name     range     ground truth  ms    source; the damage that it detects (docs/results.md)
     ssim     [-1, 1]   yes           .32   Wang et al., mean over RGB; all damage
     dwt      (0, 1]    yes           .02   LRPO: colours and layout; all damage but to fine detail
-    lpips    (-inf,1]  yes           5.4   1 - LPIPS (squeeze), deep features; all damage
+    lpips    (-inf,1]  yes           9     1 - LPIPS (squeeze), deep features; all damage
     clipiqa  (0, 1)    no            3.8   CLIP-IQA, "good" against "bad" image; not measured here
     face     (0, 1)    no            .65   Face Reward Model, ours (the papers': [-1, 1]); blur,
                                            low resolution, noise, colour casts; hardly JPEG; not
@@ -148,7 +148,7 @@ class LPIPS(Frozen):
     def maps(self, x: Tensor, y: Tensor) -> list[Tensor]:
         """Of two images (B, 3, H, W) in [-1, 1], H and W at least 16, a map (B, h, w) for each
         layer. Their means add up to 1 - LPIPS. Images below 128 px are enlarged twice (bicubic),
-        which costs four times the time. Raises UserError below 16 px."""
+        which takes seven times as long at 64 px. Raises UserError below 16 px."""
         if min(x.shape[-2:]) < MIN_SIDE:
             raise UserError(f"LPIPS needs images of {MIN_SIDE} px or more")
         if min(x.shape[-2:]) < LPIPS_ENLARGED_BELOW:
@@ -165,8 +165,8 @@ class LPIPS(Frozen):
 
 
 def load_backbone(net: nn.Module, path: str, name: str, flag: str):
-    """Copy a file's tensors into a backbone, in order, because torchvision's names differ from
-    those of lpips. Raises UserError if the shapes differ."""
+    """Copy a file's tensors into a backbone, in order (torchvision has other names than lpips).
+    Raises UserError if the shapes differ."""
     source, target = (load_tensors(path, flag, "without it the backbone is fetched"),
                       list(net.state_dict().values()))
     if isinstance(source, dict):
