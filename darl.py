@@ -22,7 +22,6 @@ Reading  (ours) For each LQ image i of a rollout, with its group of G restoratio
          L_RL is the clipped policy gradient of lrpo.py, L_SFT the loss of SFT on the same images;
          w balances the two.                                                `loss`
 """
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from lrpo import LRPO, PolicySettings, gaussian_kl, repeat_to
 from rewards import REWARDS_HELP
+from sft import frozen_copy
 from support.cli import UserError, one_of, setting, share
 from support.distributed import gather
 
@@ -80,7 +80,7 @@ class DARL:
     def __init__(self, net, diffusion, reward, generator, settings):
         self.lrpo = LRPO(net, diffusion, reward, generator, settings)
         self.net, self.optimizer, self.settings = net, self.lrpo.optimizer, settings
-        self.reference = copy.deepcopy(net).requires_grad_(False)
+        self.reference = frozen_copy(net)
         self.mean = None            # the running mean of d, (), from the first rollout on
 
     def difficulty(self, restored: Tensor, gt: Tensor) -> Tensor:

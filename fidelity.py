@@ -11,7 +11,6 @@ Steps    1. Keep a frozen copy of the network, the reference policy.      `Fidel
 A proportional term beside the integral damps the oscillation (Stooke et al. 2020, arXiv
 2007.03964). One object serves any method: lrpo.py weights its likelihood with it.
 """
-import copy
 import math
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from model import EVAL_ETA, Diffusion
 from rewards import psnr
+from sft import frozen_copy
 from support.distributed import alone, gather
 
 FIRST_WEIGHT = 5.0          # ours: in LRPO it ends at about 7 at 32 px, at .5 to 4 at 64 px
@@ -35,7 +35,7 @@ class Fidelity:
     number of sampling steps, `generator` the run's: a measurement moves it."""
 
     def __init__(self, net, diffusion: Diffusion, K: int, margin: float, generator):
-        self.reference = copy.deepcopy(net).requires_grad_(False)
+        self.reference = frozen_copy(net)
         self.diffusion, self.K, self.margin, self.generator = diffusion, K, margin, generator
         self.error, self.integral = 0.0, 0.0
 

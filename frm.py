@@ -26,8 +26,8 @@ from model import norm, restore
 from rewards import dwt, normalise, psnr, ssim
 from support.checkpoint import check_finished, load_run, load_tensors
 from support.cli import UserError, policy_eta, setting
-from support.data import Photos, graded, pairs
-from support.distributed import gaussian
+from support.data import Photos, pairs
+from support.distributed import gaussian, uniform, uniform_integers
 from support.log import to_floats
 from support.optimise import optimiser_step
 
@@ -211,32 +211,32 @@ class FaceRewardTraining:
         trained = [p.requires_grad_() for p in model.trained()]
         self.optimizer = torch.optim.AdamW(trained, lr=settings.lr, fused=True)
 
-    def preference_pairs(self, lq: Tensor, gt: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """From lq and gt (B, 3, H, W): each kind of pair (better, worse), (B, 3, H, W) each."""
-        pick = torch.randint(len(self.photos), (len(gt),), generator=self.generator)    # (B,)
-        seed = torch.randint(2 ** 31, (1,), generator=self.generator).item()
-        mild, heavy = graded(gt, np.random.default_rng(seed))
+    def preference_pairs(self, lq, gt, mild, heavy) -> dict[str, tuple[Tensor, Tensor]]:
+        """From lq, gt and two degradations of gt, a milder and a heavier one, (B, 3, H, W) each:
+        each kind of pair (better, worse), (B, 3, H, W) each."""
+        pick = uniform_integers(len(self.photos), gt, self.generator)       # (B,)
         # Half photos, half restorations: artefacts must lower the score of both.
         clean = torch.cat([gt[::2], self.restored[pick][1::2]])
         kinds = {"degraded": (gt, lq), "graded": (mild, heavy),
                  "restored": (self.photos[pick], self.restored[pick]),
                  "artefacts": (clean, add_artefacts(clean, self.generator))}
         if self.labelled:
-            pick = torch.randint(len(self.labelled[0]), (len(gt),), generator=self.generator)
+            pick = uniform_integers(len(self.labelled[0]), gt, self.generator)
             kinds["labelled"] = tuple(u[pick] for u in self.labelled)
         return kinds
 
     def step(self, batch) -> dict[str, float]:
-        """batch = (lq, gt), each (B, 3, H, W). Returns the loss and the accuracy of each kind."""
+        """batch = (lq, gt, mild, heavy), as for `preference_pairs`. Returns the loss, the norm of
+        its gradient and the accuracy of each kind."""
         scores = {kind: (self.net.score(a), self.net.score(b))
                   for kind, (a, b) in self.preference_pairs(*batch).items()}
         loss = sum(pair_loss(a, b) for a, b in scores.values()) / len(scores)
         self.optimizer.zero_grad()
         loss.backward()
-        optimiser_step(self.optimizer, {"loss": loss})
+        norm = optimiser_step(self.optimizer)
         self.net.calibrate(torch.cat([s for pair in scores.values() for s in pair]).detach())
-        return to_floats({"loss": loss.detach(), **{f"accuracy_{kind}": (a > b).float().mean()
-                                                    for kind, (a, b) in scores.items()}})
+        right = {f"accuracy_{kind}": (a > b).float().mean() for kind, (a, b) in scores.items()}
+        return to_floats({"loss": loss.detach(), "grad_norm": norm} | right)
 
 
 NOISE, CAST = 30 / 255, 0.15    # ours: standard deviations at full strength, for images in [0, 1]
@@ -245,7 +245,7 @@ NOISE, CAST = 30 / 255, 0.15    # ours: standard deviations at full strength, fo
 def add_artefacts(x: Tensor, generator: torch.Generator) -> Tensor:
     """Add noise or a colour cast of random strength to images (B, 3, H, W) in [-1, 1] (ours). The
     blind degradation only blurs and enlarges: without these a model takes noise for detail."""
-    coin, strength = torch.rand(2, len(x), 1, 1, 1, generator=generator).to(x.device)
+    coin, strength = (uniform(x, generator).view(-1, 1, 1, 1) for _ in range(2))
     noise = NOISE * gaussian(x, generator)
     cast = CAST * gaussian(x[:, :, :1, :1], generator)                  # (B, 3, 1, 1)
     return (x + 2 * strength * torch.where(coin < 0.5, noise, cast)).clamp(-1, 1)

@@ -255,7 +255,7 @@ class LRPO:
         for _ in range(self.settings.updates):
             for batch in batches:
                 for i in range(0, len(batch), n):
-                    seen.append(self.update(batch[i:i + n], lq, terms, loss))
+                    seen.append(self.update(batch[i:i + n], lq, loss))
         first, last = seen[0]["ratio"], seen[-(len(seen) // self.settings.updates):]
         ratio = torch.cat([u.pop("ratio").flatten() for u in last])     # all of the last pass
         std = R.mean(dim=(1, 2)).view(-1, self.settings.group).std(dim=1, correction=0)     # (P,)
@@ -266,9 +266,9 @@ class LRPO:
                 "ratio_mean": ratio.mean(), "ratio_max": ratio.max(),
                 "clip_fraction": ((ratio - 1).abs() > self.clip).float().mean()}
 
-    def update(self, steps: list[Transition], lq: Tensor, terms: dict, loss) -> dict[str, Tensor]:
+    def update(self, steps: list[Transition], lq: Tensor, loss) -> dict[str, Tensor]:
         """One optimiser step on the mean loss of `steps`. Returns the terms of the loss, (n,), the
-        norm (1,) and the ratio (n, B, g, g) before it. Raises NotFinite, which names the cause."""
+        norm (1,) and the ratio (n, B, g, g) before it."""
         self.optimizer.zero_grad()
         seen = []
         for step in steps:
@@ -281,7 +281,7 @@ class LRPO:
             parts |= {"approx_kl": (step.log_prob - log_prob).mean(), "ratio": ratio}   # KL / 3HW
             seen.append({k: v.detach() for k, v in parts.items()})
         metrics = {k: torch.stack([u[k] for u in seen]) for k in seen[0]}
-        norm = optimiser_step(self.optimizer, terms | metrics, MAX_GRAD_NORM)
+        norm = optimiser_step(self.optimizer, MAX_GRAD_NORM)
         return metrics | {"grad_norm": norm[None]}
 
     def numbers(self, stats: dict[str, Tensor]) -> dict[str, float]:

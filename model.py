@@ -181,7 +181,9 @@ class Diffusion:
 
     def __init__(self, config: Config, device="cpu"):
         beta = torch.linspace(*BETAS, config.timesteps, dtype=torch.float64)
-        self.abar = torch.cumprod(1 - beta, dim=0).float().to(device)   # (T,)
+        abar = torch.cumprod(1 - beta, dim=0).float()                   # (T,)
+        # The second is for the numbers of a sampling step, each a kernel of its own on a GPU.
+        self.abar, self.abar_cpu = abar.to(device), abar.double()
         self.T, self.prior = config.timesteps, config.prior
 
     def abar_at(self, t: Tensor, like: Tensor) -> Tensor:
@@ -228,9 +230,9 @@ class Diffusion:
         return list(zip(tau[:-1], tau[1:]))
 
     def levels(self, t: int, s: int) -> tuple[Tensor, Tensor]:
-        """abar_t and abar_s as float64 scalars; abar_s = 1 for s = -1, the clean image."""
-        abar = self.abar.double()
-        return abar[t], abar[s] if s >= 0 else torch.ones_like(abar[t])
+        """abar_t and abar_s as float64 scalars on the CPU; abar_s = 1 for s = -1, a clean image."""
+        a = self.abar_cpu
+        return a[t], a[s] if s >= 0 else torch.ones_like(a[t])
 
     def sigma(self, t: int, s: int, eta: float) -> Tensor:
         """Standard deviation of the step t -> s, eta sqrt((1 - abar_s) / (1 - abar_t))

@@ -159,7 +159,7 @@ class ReFL:
                    "fidelity": self.settings.fidelity_weight * self.fidelity.weight}
         self.optimizer.zero_grad()
         sum(weights[name] * loss for name, loss in losses.items()).backward()   # 3
-        grad_norm = optimiser_step(self.optimizer, terms | losses, MAX_GRAD_NORM)
+        grad_norm = optimiser_step(self.optimizer, MAX_GRAD_NORM)
         self.taken += 1
         stats = {name: term.detach().mean() for name, term in terms.items()}
         stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
@@ -179,17 +179,18 @@ class ReFL:
         """The dynamic reward model: one `optimiser_step` of `frm_optimizer` on the mean of two pair
         losses of the scores, (photo preferred to its restoration) and (photo preferred to its
         degraded self), images (B, 3, H, W). `frm.trained()` needs gradients for it, and none after
-        it. Returns the metrics: frm_loss, and frm_accuracy, the share of photos scored above their
-        restoration."""
+        it. Returns the metrics: frm_loss, frm_accuracy (the share of photos scored above their
+        restoration) and frm_grad_norm."""
         for p in self.frm.trained():
             p.requires_grad_(True)
         photo, worse, worst = (self.frm.score(u) for u in (gt, restored, lq))   # (B,) each
         loss = (pair_loss(photo, worse) + pair_loss(photo, worst)) / 2
         self.frm_optimizer.zero_grad()
         loss.backward()
-        optimiser_step(self.frm_optimizer, {"frm_loss": loss})
+        norm = optimiser_step(self.frm_optimizer)
         self.frm.requires_grad_(False)      # the policy's backward pass does not need its gradient
-        return {"frm_loss": loss.detach(), "frm_accuracy": (photo > worse).float().mean()}
+        return {"frm_loss": loss.detach(), "frm_accuracy": (photo > worse).float().mean(),
+                "frm_grad_norm": norm}
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside network and optimiser."""

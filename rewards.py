@@ -194,8 +194,8 @@ PROMPTS = {                         # pairs: good, bad, good, bad, ...
 
 def normalise(x: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1], normalised as for CLIP's training: (B, 3, H, W)."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return ((x + 1) / 2 - mean) / std
+    return torch.stack([((u + 1) / 2 - mean) / std      # numbers: a GPU would wait for a tensor
+                        for u, mean, std in zip(x.unbind(1), CLIP_MEAN, CLIP_STD)], dim=1)
 
 
 def attention_pool(pool: nn.Module, x: Tensor) -> Tensor:

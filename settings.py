@@ -24,9 +24,9 @@ from model import EVAL_ETA, Config, Diffusion, UNet, load_restorer, restore
 from refl import ReFL, ReFLSettings
 from rewards import load_reward, parse_rewards
 from sft import SFT, SFTSettings
-from support.checkpoint import check_finished, digest, load_tensors
-from support.cli import (RewardFiles, UserError, add_flags, seed_number, setting, settings_fields,
-                         whole)
+from support.checkpoint import check_finished, digest, has_bfloat16, load_tensors
+from support.cli import (RewardFiles, UserError, add_flags, one_of, seed_number, setting,
+                         settings_fields, whole)
 from support.data import sheet, train_batch
 from support.labels import label_pairs
 
@@ -76,14 +76,13 @@ METHODS = {
         "small": dict(steps=60, batch_size=16, every=20),
         "base": dict(steps=1000, batch_size=4, lr=3e-5, every=50, group=9, own_steps=0)}),
 }
-# Ours: what presets change for every mode. docs/results.md says what was measured. `base` has the
-# paper's K and G and DiffusionReward's steps and learning rate; it was never run.
+# Ours: what presets change for every mode. `base` has the papers' K, G, steps and learning rate.
 PRESETS = {
     "tiny": {},         # drawn faces, 32 px, two CPU cores, minutes: the defaults
     "drawn64": dict(size=64, faces=20_000, bf16="on"),  # drawn faces, 64 px: from pretrained/
     "small": dict(size=64, channels=64, faces=20_000, bf16="on"),   # one GPU, minutes
     "base": dict(size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000, ddim_steps=50,
-                 bf16="on"),                                        # one GPU, hours
+                 bf16="on"),                                        # one GPU, hours; never run
 }
 
 
@@ -102,7 +101,8 @@ class RunSettings:
                            "metrics.csv counts them")
     seed: int = setting(0, None, "of everything that is random", type=seed_number)
     ddim_steps: int = setting(5, None, "K, sampling steps")
-    workers: int = setting(0, None, "processes that make the batches; 0: this one", type=whole)
+    workers: str | int = setting("auto", None, "processes that make the batches; auto: every core "
+                                 "beside a GPU, else 0", type=one_of("auto", otherwise=whole))
     compile: bool = setting(False, None, "compile the network: faster on a GPU; not for refl")
     bf16: str = setting("off", "off", "network in bfloat16; likelihoods stay in float32",
                         choices=["on", "off"])
@@ -223,7 +223,7 @@ def network(run, device) -> UNet:
         for name in {"channels", "mults", "patch"} & vars(run).keys():
             value = getattr(net.config, name)
             setattr(run, name, ",".join(map(str, value)) if name == "mults" else value)
-    net.bf16 = run.bf16 == "on"
+    net.bf16 = run.bf16 == "on" and has_bfloat16(device)
     if run.compile:
         net.compile()
     return net.to(device)

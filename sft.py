@@ -46,15 +46,23 @@ class SFT:
         loss = self.diffusion.loss(self.net, *batch, self.generator).mean()
         self.optimizer.zero_grad()
         loss.backward()
-        grad_norm = optimiser_step(self.optimizer, {"loss": loss}, MAX_GRAD_NORM)
+        grad_norm = optimiser_step(self.optimizer, MAX_GRAD_NORM)
         return to_floats({"loss": loss.detach(), "grad_norm": grad_norm})
+
+
+def frozen_copy(net: nn.Module) -> nn.Module:
+    """A copy that is not trained: for evaluation, without gradients, and compiled if `net` is."""
+    frozen = copy.deepcopy(net).eval().requires_grad_(False)
+    if net._compiled_call_impl:         # deepcopy leaves it out
+        frozen.compile()
+    return frozen
 
 
 class EMA:
     """An exponential moving average of the weights. It is what is evaluated and sampled from."""
 
     def __init__(self, net: nn.Module, decay: float, from_scratch: bool = True):
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.net = frozen_copy(net)
         self.decay, self.from_scratch, self.updates = decay, from_scratch, 0
 
     @torch.no_grad()

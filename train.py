@@ -29,14 +29,14 @@ from sft import EMA, SFTSettings
 from support.checkpoint import (check_folder, check_photos, check_resume, load_run, locked,
                                 pick_device, replacing, restore_run, run_state, save)
 from support.cli import RewardFiles, StopSignal, UserError, make_folder, run_main, settings_fields
-from support.data import Photos, loader
+from support.data import Photos, loader, spare_cores
 from support.distributed import alone, check_batch, is_first, join, maximum, place, wait
 from support.labels import read_labels
-from support.log import Log, plan, warn_of_collapse
+from support.log import Log, NotFinite, check_finite, plan, warn_of_collapse
 from support.operations import Operations
-from support.optimise import NotFinite, check_finite
 
 COUNTED = 2     # ours: steps whose operations are counted; refl measures its PSNR in every second
+SLOW_DATA = 0.3     # ours: share of the time that waiting for data may take; more is reported
 OFFLINE = {"steps": 540, "fidelity_margin": 0.1}    # ours: of refl in a demo without LPIPS, whose
 #                                                     restorations get smooth first and sharp later
 
@@ -62,7 +62,8 @@ def train_here(run):
         check_resume(saved, run, frm)
         if saved["step"] >= run.steps or saved.get("tflop", 0) >= (run.tflop or math.inf):
             return print(f"{run.mode}: {out} is finished; a higher --steps or --tflop goes on")
-    photos = Photos.load(run.data, run.size, "train", run.faces, run.seed, run.workers)
+    workers = spare_cores(device) if run.workers == "auto" else run.workers
+    photos = Photos.load(run.data, run.size, "train", run.faces, run.seed, workers)
     identity = photos.digest() if run.data else None
     if saved:
         check_photos(saved, run, identity)
@@ -85,7 +86,8 @@ def train_here(run):
         log.rows = log.rows or [{"step": start, "seconds": 0.0, "tflop": tflop, **metrics}]
         print(plan(run, method.net, len(photos), start))
         loop(run, method, validate, ema, log, loader(
-            photos, run.batch_size, run.seed, range(start, run.steps), run.workers, device),
+            photos, run.batch_size, run.seed, range(start, run.steps), workers, device,
+            with_graded=run.mode == "frm"),
             start, best, state, signal)
 
 
@@ -116,7 +118,9 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
     tflop = float(log.rows[-1]["tflop"])
     clock, limit = time.perf_counter(), math.inf if run.tflop is None else run.tflop
     bar = tqdm(batches, run.mode, run.steps, initial=start, disable=None if is_first() else True)
+    waited = since = 0.0        # for data, and in all, since the last measurement
     for done, batch in enumerate(bar, start + 1):
+        waited += time.perf_counter() - clock
         for group in method.optimizer.param_groups:
             group["lr"] = run.lr * min(1, done / METHODS[run.mode].warmup)
         try:
@@ -127,12 +131,13 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
             else:                       # the mean of the first steps, of this call or an earlier
                 stats, count = method.step(batch), (counts[-1] - counts[0]) / COUNTED
             ema.update(method.net)
-            tflop, spent = tflop + count, spent + time.perf_counter() - clock
+            took = time.perf_counter() - clock
+            tflop, spent, since = tflop + count, spent + took, since + took
             finished, number = maximum(done == run.steps or tflop >= limit, signal.number)
             stop, metrics = finished or number, {}
             if is_first() and (done % run.every == 0 or stop):
                 metrics, picture = validate(ema.net)
-            check_finite({name: torch.tensor(v) for name, v in (stats | metrics).items()})
+            check_finite(metrics)
         except NotFinite as error:
             if is_first():
                 log.write()
@@ -155,6 +160,10 @@ def loop(run, method, validate, ema, log, batches, start, best, state, signal):
             tqdm.write(f"{out.name}: step {done}, {seconds:.0f} s left; "
                        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
             warn_of_collapse(log, out)
+            if waited > SLOW_DATA * since:
+                tqdm.write(f"{out.name}: {waited / since:.0%} of the time went into waiting for "
+                           "data; more --workers make it faster, if there are cores for them")
+            waited = since = 0.0
         clock = time.perf_counter()         # measuring and saving are not training time
         if stop:
             break

@@ -208,6 +208,16 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()        # the device "meta" has no values
     except (RuntimeError, AssertionError, ImportError) as error:
-        what = "its memory is full" if lacks_memory(error) else "no such device here"
+        what = (f"its memory is full ({str(error).splitlines()[0]})" if lacks_memory(error)
+                else "no such device here")
         raise UserError(f"--device {name}: {what}; --device cpu works") from None
     return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16. A GPU without it (T4, V100) takes float32, and a line
+    says so: float16 would need its loss scaled."""
+    missing = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if missing:
+        print("--bf16 on: this GPU has no bfloat16; the network computes in float32")
+    return not missing

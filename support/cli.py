@@ -5,6 +5,7 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass, field, fields
@@ -41,7 +42,10 @@ def run_main(main):
             sys.exit("error: --compile: no compiler works on this machine; leave it out")
         if isinstance(error, RuntimeError) and not lacks_memory(error):
             raise
-        sys.exit("error: the memory is too small; try a smaller --batch_size, --size or photo")
+        amount = re.search(r"[Tt]r\w+ to allocate ([\d.]+ ?\w+)", str(error))
+        wanted = f" ({amount[1]} more was wanted)" if amount else ""
+        sys.exit(f"error: the memory is too small{wanted}; try --bf16 on, a smaller --batch_size, "
+                 "--size or photo")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -11,6 +11,7 @@ Departs  - The upper ends of blur and downsampling are multiplied by (size / 512
 import hashlib
 import io
 import math
+import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +31,13 @@ from support.faces import draw_faces
 from support.photos import find_photos, read_photo
 
 READERS = 4             # ours: photos read at a time, each in at most 1 GB
+MAX_WORKERS = 16        # ours: more than the presets can use on any GPU
 MAX_HELD_OUT = 500      # ours: a steady mean, evaluated in minutes
 MAX_DRAWN = 1_000_000   # ours: drawn faces are held out from this number on
 BLUR_SIGMA, DOWN_FACTOR = (.1, 12.), (1., 12.)      # DiffBIR; sigma in pixels, both at 512 px
 NOISE_SIGMA, JPEG_QUALITY = (0., 15.), (100, 30)    # DiffBIR; sigma of 255. All go mild to heavy
 SIZE_POWER = 2 / 3      # ours: see above
+GRADED = 2 ** 32        # in a random seed, in the place of a photo's number
 
 
 @dataclass
@@ -201,14 +204,24 @@ def train_batch(photos: Photos, batch_size: int, seed: int, step: int, rank=0, r
 
 class Batches(Dataset):
     """The training batches of a run. Item `step` is this rank's share of batch `step`, whichever
-    worker makes it."""
+    worker makes it. `with_graded` adds the pictures of `graded`."""
 
-    def __init__(self, photos: Photos, batch_size: int, seed: int):
+    def __init__(self, photos: Photos, batch_size: int, seed: int, with_graded: bool):
         self.photos, self.batch_size, self.seed, self.place = photos, batch_size, seed, place()
+        self.with_graded = with_graded
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """As `train_batch`."""
-        return train_batch(self.photos, self.batch_size, self.seed, step, *self.place)
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        """As `train_batch`: (lq, gt), or (lq, gt, milder, heavier), (B, 3, S, S) each."""
+        lq, gt = train_batch(self.photos, self.batch_size, self.seed, step, *self.place)
+        rng = np.random.default_rng([self.seed, step, GRADED])
+        return (lq, gt, *graded(gt, rng)) if self.with_graded else (lq, gt)
+
+
+def spare_cores(device) -> int:
+    """How many processes make the batches, if nobody says it: on a GPU those cores that this rank's
+    main process leaves, on a CPU none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(MAX_WORKERS, max(0, cores // place()[1] - 1)) if device.type == "cuda" else 0
 
 
 def ignore_interrupt(worker: int):
@@ -216,11 +229,12 @@ def ignore_interrupt(worker: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def loader(photos: Photos, batch_size: int, seed: int, steps: range, workers: int, device):
+def loader(photos: Photos, batch_size: int, seed: int, steps: range, workers: int, device,
+           with_graded: bool = False):
     """The batches of `steps`, made by `workers` processes ahead of time, or here for 0. The result
     is the same for any number of workers."""
-    return DataLoader(Batches(photos, batch_size, seed), batch_size=None, sampler=steps,
-                      num_workers=workers, pin_memory=device.type == "cuda",
+    return DataLoader(Batches(photos, batch_size, seed, with_graded), batch_size=None,
+                      sampler=steps, num_workers=workers, pin_memory=device.type == "cuda",
                       worker_init_fn=ignore_interrupt,
                       generator=torch.Generator())      # else it draws from the global generator
 

@@ -1,7 +1,7 @@
 """Several processes on one run, as torchrun starts them: each takes an equal share of every batch.
 
 Steps    1. Every rank draws the random numbers of the whole batch, and keeps its rows.
-                                                               `gaussian`, `uniform_integers`
+                                                               `gaussian`, `uniform`
          2. Each rank computes the gradient of its rows. The gradients are averaged, so that all
             ranks take the same optimiser step.                           `average`
          3. What needs the whole batch gets the rows of all ranks.        `gather`
@@ -74,6 +74,12 @@ def uniform_integers(high: int, like: Tensor, generator: torch.Generator) -> Ten
     """An integer 0 .. high-1 for each row of `like` (N, ...), int64 (N,) on its device."""
     drawn = torch.randint(high, (len(like) * place()[1],), generator=generator,
                           pin_memory=like.is_cuda)
+    return own_rows(drawn).to(like.device, non_blocking=True)
+
+
+def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A number from [0, 1) for each row of `like` (N, ...), float32 (N,) on its device."""
+    drawn = torch.rand(len(like) * place()[1], generator=generator, pin_memory=like.is_cuda)
     return own_rows(drawn).to(like.device, non_blocking=True)
 
 

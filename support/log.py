@@ -13,12 +13,24 @@ from support.cli import UserError, read_table
 from support.distributed import gather
 
 
+class NotFinite(UserError):
+    """A metric of a training step is NaN or infinite."""
+
+
+def check_finite(metrics: dict[str, float]):
+    """Raises NotFinite with the names of those metrics that are not finite."""
+    if names := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        raise NotFinite(f"{', '.join(names)}: not finite")
+
+
 def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     """Scalars as plain numbers, the mean over the ranks (for a name in _max the largest). One
-    transfer serves all, so that the device is waited for only once."""
+    transfer serves all: it is the one time that a step waits for the device. Raises NotFinite."""
     rows = gather(torch.stack([v.float() for v in metrics.values()])[None]).tolist()    # of ranks
-    return {name: max(column) if name.endswith("_max") else sum(column) / len(column)
-            for name, column in zip(metrics, zip(*rows))}
+    numbers = {name: max(column) if name.endswith("_max") else sum(column) / len(column)
+               for name, column in zip(metrics, zip(*rows))}
+    check_finite(numbers)
+    return numbers
 
 
 class Log:

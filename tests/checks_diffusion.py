@@ -13,6 +13,7 @@ def process(*abar):
     """A diffusion process with these few levels."""
     d = model.Diffusion(model.Config(prior=0, timesteps=10))
     d.abar, d.T = torch.tensor(abar), len(abar)
+    d.abar_cpu = d.abar.double()
     return d
 
 

@@ -189,7 +189,7 @@ def update_frm(self, restored, lq, gt):
     photo, worse, worst = self.frm.score(torch.cat([gt, restored, lq])).chunk(3)
     loss = .5 * pair_loss(better=photo, worse=worse) + .5 * pair_loss(better=photo, worse=worst)
     loss.backward()
-    optimiser_step(self.frm_optimizer, {"frm_loss": loss})
+    optimiser_step(self.frm_optimizer)
     for p in self.frm.trained():
         p.requires_grad = False
     return dict(frm_loss=loss.detach(), frm_accuracy=torch.mean((photo > worse).float()))

@@ -239,7 +239,7 @@ def ready(method, A, weights):
     _, steps = method.rollout(BATCH[0])
     for step, w in zip(steps, weights, strict=True):
         step.advantage = (A * w).view(-1, 1, 1)
-    return steps, BATCH[0], {}, plain
+    return steps, BATCH[0], plain
 
 
 @pytest.mark.parametrize("own", [0, 1])

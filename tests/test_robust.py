@@ -149,10 +149,10 @@ def poison(tensor):
 
 
 @pytest.mark.parametrize("mode, where, named", [
-    ("sft", "batch", "loss"), ("sft", "gradient", "the gradient"), ("frm", "batch", "loss"),
-    ("lrpo", "reward", "ssim"), ("lrpo", "batch", "ssim"), ("lrpo", "gradient", "the gradient"),
-    ("refl", "reward", "ssim"), ("refl", "gradient", "the gradient"), ("darl", "reward", "ssim"),
-    ("darl", "gradient", "the gradient")])
+    ("sft", "batch", "loss"), ("sft", "gradient", "grad_norm"), ("frm", "batch", "loss"),
+    ("lrpo", "reward", "ssim"), ("lrpo", "batch", "ssim"), ("lrpo", "gradient", "grad_norm"),
+    ("refl", "reward", "ssim"), ("refl", "gradient", "grad_norm"), ("darl", "reward", "ssim"),
+    ("darl", "gradient", "grad_norm")])
 def test_what_is_not_finite_is_named_and_never_applied(runs, tmp_path, monkeypatch, mode, where,
                                                        named):
     flags = ["--every", "1"]
@@ -313,9 +313,10 @@ def test_a_full_device_is_no_missing_one(monkeypatch, capsys, said):
     def full(*_, **__):
         raise RuntimeError(said)
     monkeypatch.setattr(torch, "zeros", full)
-    with pytest.raises(UserError, match="--device cpu: its memory is full"):
+    with pytest.raises(UserError, match="--device cpu: its memory is full .*out of memory"):
         checkpoint.pick_device("cpu")
-    with pytest.raises(SystemExit, match="error: the memory is too small"):
+    wanted = r" \(2.00 MiB more was wanted\)" if "allocate" in said else ""
+    with pytest.raises(SystemExit, match=f"error: the memory is too small{wanted}; try --bf16 on"):
         run_main(full)
 
 

@@ -56,7 +56,7 @@ def compare(title: str, images: int, competitors: dict, args):
             start, n = perf_counter(), 0
             while not n or perf_counter() - start < args.seconds * (r > 0):
                 competitors[name]()
-                torch.get_device_module(args.device).synchronize()
+                torch.get_device_module(args.device).synchronize(args.device)
                 n += 1
             found[name] += [(perf_counter() - start) / n] * (r > 0)
     print(f"\n| {title} | images per second | first / this |\n|---|---|---|")
