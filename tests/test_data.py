@@ -321,3 +321,23 @@ def test_any_number_of_workers_makes_the_same_batches(workers):
     for (lq, gt), (lq2, gt2) in zip(here, there, strict=True):
         assert torch.equal(lq, lq2) and torch.equal(gt, gt2)
     assert torch.equal(before, torch.get_rng_state())       # the weights' first values hang on it
+
+
+def test_graded_pairs_come_with_the_batch_and_hang_on_the_step_alone():
+    photos, cpu = Photos.drawn(12, 0, 16, "train"), torch.device("cpu")
+    whole = list(data.loader(photos, 4, 7, range(5), 0, cpu, with_graded=True))
+    later = list(data.loader(photos, 4, 7, range(3, 5), 2, cpu, with_graded=True))
+    for here, there in zip(whole[3:], later, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    lq, gt, mild, heavy = (torch.cat(column) for column in zip(*whole))
+    error = [(u - gt).square().mean() for u in (mild, heavy)]
+    assert 0 < error[0] < error[1]
+    assert not torch.equal(whole[0][2], whole[3][2])        # the same photos in another epoch
+
+
+@pytest.mark.parametrize("cores, ranks, want", [(1, 1, 0), (8, 1, 7), (8, 4, 1), (200, 1, 16)])
+def test_workers_by_the_cores_beside_a_gpu(monkeypatch, cores, ranks, want):
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(data, "place", lambda: (0, ranks))
+    assert data.spare_cores(torch.device("cuda")) == want
+    assert data.spare_cores(torch.device("cpu")) == 0
