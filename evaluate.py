@@ -236,8 +236,9 @@ def compare(args):
     print(table(all_rows, labels[0], ["reward", *(f"r_{name}" for name in reward.weights)]))
     for label, x in zip(labels, images if gt is not None else ()):
         if (times := checkerboard(x) / max(checkerboard(gt), 1e-12)) > CHECKERBOARD:
-            print(f"{label}: {times:.0f} times the ground truth's energy at the highest spatial "
-                  "frequency, a checkerboard")
+            grey = 127.5 * checkerboard(x) ** 0.5
+            print(f"{label}: a checkerboard of {grey:.2g} grey levels, which is {times:.0f} times "
+                  "the ground truth's energy at the highest spatial frequency")
     columns |= {} if gt is None else {"ground truth": gt}
     comparison(columns).save(out / "comparison.png")
     print(f"{out}/comparison.png: {' | '.join(columns)}, and one detail")

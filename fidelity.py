@@ -32,18 +32,20 @@ GAP_IMAGES = 16             # ours: leaves about .03 dB of noise (.12 dB for one
 
 class Fidelity:
     """The reference policy, the gap to it, and the weight that follows from the gap. `K` is the
-    number of sampling steps, `generator` the run's: a measurement moves it."""
+    number of sampling steps, `generator` the run's: a measurement moves it. `gain` multiplies both
+    terms: the faster the PSNR follows the weight, the less may the weight follow the PSNR."""
 
-    def __init__(self, net, diffusion: Diffusion, K: int, margin: float, generator):
+    def __init__(self, net, diffusion: Diffusion, K: int, margin: float, generator,
+                 gain: float = 1.0):
         self.reference = frozen_copy(net)
         self.diffusion, self.K, self.margin, self.generator = diffusion, K, margin, generator
-        self.error, self.integral = 0.0, 0.0
+        self.error, self.integral, self.gain = 0.0, 0.0, gain
 
     @property
     def weight(self) -> float:
         """The Lagrange multiplier of "gap >= -margin": exp of a proportional and an integral term,
         so that it is always above 0."""
-        log = self.integral + PROPORTIONAL * self.error
+        log = self.integral + self.gain * PROPORTIONAL * self.error
         return FIRST_WEIGHT * math.exp(max(-LOG_RANGE, min(LOG_RANGE, log)))
 
     @torch.no_grad()
@@ -64,7 +66,8 @@ class Fidelity:
         before = self.weight
         error = max(-GAP_LIMIT, min(GAP_LIMIT, -gap - self.margin))
         self.error = SMOOTHING * self.error + (1 - SMOOTHING) * error
-        self.integral = max(-LOG_RANGE, min(LOG_RANGE, self.integral + INTEGRAL * error))
+        integral = self.integral + self.gain * INTEGRAL * error
+        self.integral = max(-LOG_RANGE, min(LOG_RANGE, integral))
         return before
 
     def state_dict(self) -> dict:

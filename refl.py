@@ -38,6 +38,7 @@ from support.log import to_floats
 from support.optimise import optimiser_step
 
 GAP_EVERY = 2       # ours: steps between measurements of the PSNR, which cost as much as a step
+GAIN = 3 / 8        # ours: of fidelity.py; with 1 the PSNR swings by a dB with a period of 16 steps
 
 
 @dataclass
@@ -54,8 +55,8 @@ class ReFLSettings:
                                "0 to 1 at each step", type=one_of("random", otherwise=share))
     struct_weight: float = setting(0.0, 0.01, "weight of L_struct, low-pass L1 to the photo")
     reg_weight: float = setting(0.0, 1e-4, "weight of L_reg, distance from the starting network")
-    fidelity_weight: float = setting(0.2, 0.0, "weight of L_fidelity, times that of fidelity.py")
-    fidelity_margin: float = setting(0.0, None, "PSNR in dB that L_fidelity may give up")
+    fidelity_weight: float = setting(0.8, 0.0, "weight of L_fidelity, times that of fidelity.py")
+    fidelity_margin: float = setting(0.1, None, "PSNR in dB that L_fidelity may give up")
     frm_update_every: int = setting(1, 10, "steps between updates of the reward model (0: none)",
                                     type=whole)
     frm_lr: float = setting(3e-4, 2e-6, "learning rate of the reward model")
@@ -104,7 +105,7 @@ class ReFL:
         self.settings, self.taken = settings, 0
         self.schedule = diffusion.schedule(settings.ddim_steps)
         self.fidelity = Fidelity(net, diffusion, settings.ddim_steps, settings.fidelity_margin,
-                                 generator)
+                                 generator, GAIN)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, fused=True)
         self.reward, self.frm = reward, copy.deepcopy(reward.models.get("face"))
         if self.frm is not None:

@@ -8,11 +8,13 @@ import torch
 from common import noise, pictures, tiny_net
 from fidelity import FIRST_WEIGHT, GAP_IMAGES, Fidelity
 from model import EVAL_ETA, Diffusion
+from refl import GAIN
 
 
-def make(seed=0, margin=0.1):
+def make(seed=0, margin=0.1, gain=1.0):
     net = tiny_net(seed)
-    return net, Fidelity(net, Diffusion(net.config), 4, margin, torch.Generator().manual_seed(7))
+    return net, Fidelity(net, Diffusion(net.config), 4, margin, torch.Generator().manual_seed(7),
+                         gain)
 
 
 def test_the_gap_is_a_difference_of_psnr_under_equal_noise():
@@ -48,6 +50,22 @@ def test_steering_settles_at_the_margin_with_little_overshoot(margin):
     gaps = torch.tensor(gaps)
     assert (gaps[100:].mean() + margin).abs() < 0.03
     assert gaps.min() > -margin - 0.15 and 5 < fidelity.weight < 20
+
+
+def test_a_smaller_gain_calms_a_quick_policy_that_follows_its_weight_late():
+    """The same policy, but three times as quick, and three measurements late, as by the momentum of
+    Adam: with a gain of 1 its PSNR swings for ever."""
+    swing = {}
+    for gain in (1.0, GAIN):
+        _, fidelity = make(margin=0.0, gain=gain)
+        gap, gaps, weights = -0.2, [], [10.0] * 3
+        for _ in range(200):
+            weights.append(fidelity.weight)
+            gap += 0.06 * math.log(weights[-4] / 10)
+            gaps.append(gap)
+            fidelity.update(gap)
+        swing[gain] = max(gaps[100:]) - min(gaps[100:])
+    assert swing[1.0] > 0.5 and swing[GAIN] < 0.05
 
 
 def test_the_weight_rises_below_the_margin_falls_above_it_and_is_bounded():

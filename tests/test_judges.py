@@ -125,9 +125,10 @@ def test_a_checkerboard_is_reported_from_ten_times_the_ground_truths_energy(comp
     monkeypatch.setattr(evaluate, "held_out", lambda *_: (base, base + 0.01 * BOARD))
     monkeypatch.setattr(evaluate, "restore", lambda *_: images.pop(0))
     _, said, _ = compare("ssim=1")
-    assert [line for line in said if line.endswith("a checkerboard")] == [
-        "trained: 12 times the ground truth's energy at the highest spatial frequency, a "
-        "checkerboard"]
+    # .01 * 12 ** .5 * 127.5 = 4.42
+    assert [line for line in said if ": a checkerboard" in line] == [
+        "trained: a checkerboard of 4.4 grey levels, which is 12 times the ground truth's energy "
+        "at the highest spatial frequency"]
 
 
 # ---- the picture ----
