@@ -149,7 +149,11 @@ def rewards_of(states, args) -> list[dict[str, float]]:
     found = []
     for path, state in zip(args.ckpt, states):
         if state["mode"] != "sft":
-            found.append(parse_rewards(state["args"]["rewards"]))
+            try:
+                found.append(parse_rewards(state["args"]["rewards"]))
+            except UserError:
+                print(f"{path}: trained on {state['args']['rewards']}, which is not measured here")
+                continue
             if found[-1].get("lpips") and state["args"]["lpips_net"] == args.judge_net:
                 raise UserError(f"--judge_net {args.judge_net}: {path} was trained on LPIPS with "
                                 "it, so that it is no judge; choose another")

@@ -270,7 +270,9 @@ SETS = {
     "no-face": "lpips=.4,clipiqa=.2,ssim=.4",   # ours: without a face reward model
     "offline": "face=1,ssim=.3"}    # ours: for refl, with nothing pretrained
 REWARDS_HELP = f"name=weight,..., or a set: {', '.join(SETS)}"      # of the flag --rewards
-TERMS = ("ssim", "dwt", "lpips", "clipiqa", "face")
+MODELS = {      # terms with a model, from the files that the command line names; add your own
+    "lpips": lambda files: LPIPS(files.lpips_net, files.lpips_weights),
+    "clipiqa": lambda files: load_clipiqa(files.clip_weights)}
 MIN_SIDE = 16       # the Face Reward Model halves the side four times; SSIM needs 11, dwt 8
 
 
@@ -280,9 +282,9 @@ def parse_rewards(text: str) -> dict[str, float]:
     weights = {}
     for item in SETS.get(text, text).split(","):
         name, _, weight = item.strip().partition("=")
-        if name not in TERMS:
-            raise UserError(f"--rewards: {name!r} is no reward; there are {', '.join(TERMS)}, "
-                            f"and the sets {', '.join(SETS)}")
+        if name not in (terms := ("ssim", "dwt", "face", *MODELS)):
+            raise UserError(f"--rewards: {name!r} is no reward; there are {', '.join(terms)}, and "
+                            f"the sets {', '.join(SETS)}")
         if name in weights:
             raise UserError(f"--rewards: {name} is named twice")
         try:
@@ -332,9 +334,7 @@ def load_reward(weights: dict[str, float], files, face: nn.Module = None, device
     """The CompositeReward with the models that `weights` names. `files` has the paths that the
     command line gave for them (`support.cli.ModelSettings`); `face` is the Face Reward Model, from
     `frm.load_face_reward`. Raises UserError if a model cannot be had."""
-    models = {"face": face.eval().requires_grad_(False)} if "face" in weights else {}
-    if "lpips" in weights:
-        models["lpips"] = LPIPS(files.lpips_net, files.lpips_weights)
-    if "clipiqa" in weights:
-        models["clipiqa"] = load_clipiqa(files.clip_weights)
+    models = {name: make(files) for name, make in MODELS.items() if name in weights}
+    if "face" in weights:
+        models["face"] = face.eval().requires_grad_(False)
     return CompositeReward(weights, **{name: model.to(device) for name, model in models.items()})

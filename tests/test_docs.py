@@ -7,11 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
 import evaluate
+import rewards
 import sample
 import settings
+from common import log_of, run, small_presets
 from course import __main__ as course
+from support.data import to_uint8
 from tools import arms
 
 ROOT = Path(__file__).parents[1]
@@ -161,3 +166,27 @@ def test_the_marked_tables_are_what_the_command_prints():
             used.add(ROOT / file)
             assert table == arms.table(json.loads((ROOT / file).read_text())), (path.name, file)
     assert used == {*(ROOT / "docs" / "data").iterdir()} != set()       # no data without a document
+
+
+def test_the_reward_of_ones_own_in_the_reference_is_trained_on(runs, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "reference.md").read_text()
+    code, = [part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "JpegSize" in part]
+    monkeypatch.setattr(rewards, "MODELS", dict(rewards.MODELS))
+    own = {"__name__": "own"}
+    exec(code, own)
+    flat, noisy = torch.zeros(1, 3, 32, 32), torch.rand(1, 3, 32, 32) * 2 - 1
+    score, terms = rewards.CompositeReward({"jpeg": 1.0}, jpeg=own["JpegSize"]())(
+        torch.cat([flat, noisy]), None, g=2)
+    bits = 8 * len(torchvision.io.encode_jpeg(to_uint8(noisy)[0], 75)) / 32 ** 2
+    assert terms["jpeg"][1].item() == pytest.approx(bits, rel=.02)
+    assert terms["jpeg"][0] < terms["jpeg"][1] and torch.equal(score[1, 0, 0], score[1].mean())
+
+    with small_presets():
+        run("lrpo", tmp_path / "own", "--init", str(runs / "sft" / "last.pt"), "--rewards",
+            "jpeg=1")
+    assert log_of(tmp_path / "own")[0]["heldout_r_jpeg"] > 1
+    monkeypatch.undo()              # evaluate.py has never heard of it
+    evaluate.compare(evaluate.parser().parse_args([
+        "--ckpt", str(tmp_path / "own" / "last.pt"), "--rewards", "ssim=1", "--n", "2", "--out",
+        str(tmp_path / "e")]))
+    assert "trained on jpeg=1, which is not measured here" in capsys.readouterr().out
