@@ -11,7 +11,7 @@ Claims   of the abstract (1 to 3) and of the summary (4, 5), and the flags that 
            3. As samples come near, supervised training is blended in, with a weight that follows
               their relative difficulty.                                    --blend adaptive, .5
            4. Rewards are given step by step along the trajectory (off by   --stepwise on
-              default).
+              default).                                                     --own_steps 0
            5. A KL term keeps the policy near the pretrained one (off by    --kl_weight .1
               default).
 Reading  (ours) For each LQ image i of a rollout, with its group of G restorations:

@@ -6,10 +6,12 @@ so that one setting serves every image size and data set.
 Steps    1. Keep a frozen copy of the network, the reference policy.      `Fidelity.reference`
          2. Restore some images with both, from the same noise, and take
             the difference of their PSNR.                                 `Fidelity.gap`
-         3. Raise the weight while the policy is more than `margin` dB
-            below the reference policy, and lower it otherwise.           `Fidelity.update`
+         3. Raise the weight's integral term while the policy is more than
+            `margin` dB below the reference policy, and lower it otherwise.
+                                                                          `Fidelity.update`
 A proportional term beside the integral damps the oscillation (Stooke et al. 2020, arXiv
-2007.03964). One object serves any method: lrpo.py weights its likelihood with it.
+2007.03964). One object serves any method: lrpo.py weights its likelihood with it, refl.py the
+squared error.
 """
 import math
 

@@ -9,8 +9,8 @@ Steps    of the training:
 Departs  Ours by default is a small network without text, trained here in minutes. For CLIP one
          sentence (`CAPTION`) stands in for a caption of each photo.
 Found    Trained on blurred and compressed pictures alone, the model takes noise for detail (see the
-         tests); `add_artefacts` corrects this. Still, a policy gradient or ReFL without any
-         regularisation hacks the model (the notebook shows how).
+         tests); `add_artefacts` corrects this. Still, a policy gradient without regularisation
+         hacks the model (docs/results.md), and so does its gradient alone (the notebook).
 
 Both models have one interface: `score(x)` is the Bradley-Terry score in logits, (B,), which the
 pair loss compares. Calling the model gives the reward, (B,), higher is better.

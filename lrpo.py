@@ -10,8 +10,8 @@ Steps    of the algorithm, in the order of `LRPO.step` and `LRPO.optimise`:
          4. Weight the advantage of each step by its noise (strategy 3).  `noise_level_weights`
          5. Raise the likelihood of the better trajectories, clipped.     `clipped_loss`
          6. Raise the likelihood of the ground truth (strategy 2).        `gt_likelihood_loss`
-Shapes   P LQ images, G restorations of each, B = P * G. Rewards, advantages and likelihoods are
-         given for each of g x g patches of D values; in the paper g is 1. Its t-1 is s here.
+Shapes   P LQ images, G restorations of each, B = P * G. Rewards, advantages and the likelihoods
+         of actions are given for each of g x g patches of D values (paper: g = 1). Its t-1 is s.
 Departs  by the values of settings; `--recipe paper` takes the published ones. Ours: a group shares
          all noise but that of its last noisy DDIM step, which alone is trained (--own_steps); each
          patch has its own advantage, at 64 px (--credit); the likelihood places x_gt on the path of

@@ -9,14 +9,14 @@ Steps    of the algorithm, in the order of `ReFL.step`:
               L_reward    sum of w (1 - term) over --rewards   raise the reward
             + L_struct    --struct_weight                      keep layout and colours of the photo
             + L_reg       --reg_weight                         stay near the starting network
-            + L_fidelity  --fidelity_weight                    keep the PSNR of the start
+            + L_fidelity  --fidelity_weight                    keep the PSNR near that of the start
          4. Every --frm_update_every steps, train the Face Reward Model to prefer the photo to this
-            restoration. A fixed reward model gets hacked.                   `ReFL.update_frm`
-Departs  by the values of settings: `ReFLSettings` has the published value of each beside ours, and
-         `--recipe paper` takes that. Ours is the last step alone instead of one of the last two,
+            restoration and to LQ. A fixed model gets hacked.                `ReFL.update_frm`
+Departs  by the values of settings: `ReFLSettings` has the published values beside ours, and
+         `--recipe paper` takes them. Ours is the last step alone instead of one of the last two,
          rollouts of one eta, the reward model updated at every step, and, instead of the fixed
          weights of L_struct and L_reg, one L_fidelity: the squared error to the ground truth, with
-         the weight that holds the PSNR of the start (fidelity.py). L_struct and L_reg are computed
+         the weight that holds the PSNR near the start's (fidelity.py). The other two are computed
          only where they have a weight.
          What differs from the published code in every recipe: docs/paper_to_code.md.
 """

@@ -9,10 +9,10 @@ Departs  An average pool stands in for the low-pass band of the dual-tree wavele
          averages five antonym pairs, as pyiqa does and so LRPO's code; the paper's single pair is
          PROMPTS["paper"]. They give different numbers.
 
-Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to float32 (B,); higher is
-better. A gradient flows through each. All but CLIP-IQA are means over places, so that the same
-reward also says where an image is better: `maps` of a term are maps whose means add up to it, and
-`CompositeReward` averages them over patches. `ms` is for an image of 64 px (lpips: 1.35 times 7).
+Every term maps (image, ground truth), both (B, 3, H, W) in [-1, 1], to (B,); higher is better. A
+gradient flows through each. All but those of CLIP are means over places, or nearly, and so tell
+where an image is better: `maps` of a term are maps whose means add up to it, and `CompositeReward`
+averages them over patches. `ms` is for an image of 64 px (lpips: 1.35 times 7).
 
     name     range     ground truth  ms    source; the damage that it detects (docs/results.md)
     ssim     [-1, 1]   yes           .32   Wang et al., mean over RGB; all damage
@@ -20,8 +20,8 @@ reward also says where an image is better: `maps` of a term are maps whose means
     lpips    (-inf,1]  yes           9     1 - LPIPS (squeeze), deep features; all damage
     clipiqa  (0, 1)    no            3.8   CLIP-IQA, "good" against "bad" image; not measured here
     face     (0, 1)    no            .65   Face Reward Model, ours (the papers': [-1, 1]); blur,
-                                           low resolution, noise, colour casts; hardly JPEG; not
-                                           identity
+                                           low resolution, noise, colour casts; on photos hardly
+                                           JPEG; not identity
 
 `python -m tools.reward_report` measures how each term reacts to graded damage.
 """

@@ -76,7 +76,7 @@ METHODS = {
         "small": dict(steps=60, batch_size=16, every=20),
         "base": dict(steps=1000, batch_size=4, lr=3e-5, every=50, group=9, own_steps=0)}),
 }
-# Ours: what presets change for every mode. `base` has the papers' K, G, steps and learning rate.
+# Ours: what presets change for every mode. `base` has LRPO's K and G, and DiffusionReward's steps.
 PRESETS = {
     "tiny": {},         # drawn faces, 32 px, two CPU cores, minutes: the defaults
     "drawn64": dict(size=64, faces=20_000, bf16="on"),  # drawn faces, 64 px: from pretrained/
