@@ -56,10 +56,10 @@ class ReFLSettings:
     struct_weight: float = setting(0.0, 0.01, "weight of L_struct, low-pass L1 to the photo")
     reg_weight: float = setting(0.0, 1e-4, "weight of L_reg, distance from the starting network")
     fidelity_weight: float = setting(0.8, 0.0, "weight of L_fidelity, times that of fidelity.py")
-    fidelity_margin: float = setting(0.1, None, "PSNR in dB that L_fidelity may give up")
+    fidelity_margin: float = setting(0.0, None, "PSNR in dB that L_fidelity may give up")
     frm_update_every: int = setting(1, 10, "steps between updates of the reward model (0: none)",
                                     type=whole)
-    frm_lr: float = setting(3e-4, 2e-6, "learning rate of the reward model")
+    frm_lr: float = setting(1e-3, 2e-6, "learning rate of the reward model")
 
     def __post_init__(self):
         if self.refl_last > self.ddim_steps:
