@@ -37,7 +37,8 @@ from support.operations import Operations
 
 COUNTED = 2     # ours: steps whose operations are counted; refl measures its PSNR in every second
 SLOW_DATA = 0.3     # ours: share of the time that waiting for data may take; more is reported
-OFFLINE = {"steps": 540}    # ours: of refl in a demo without LPIPS, which smooths and then sharpens
+OFFLINE = {"steps": 540, "fidelity_margin": 0.1}    # ours: of refl in a demo without LPIPS, whose
+#                                                     restorations get smooth first and sharp later
 
 
 def train(run):
