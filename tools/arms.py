@@ -10,9 +10,10 @@ not know (--tflop, for equal budgets) go to train.py, before the arm's own, so t
 arm that is done (it has a file `done`) is left as it is, and one that was stopped goes on. Then
 evaluate.py compares all arms of the seed that are done with what they started from, in
 ROOT/SEED/evaluation.
-`table` prints the mean and standard deviation over the seeds: of the start, and of the change that
-each arm makes. "beyond" (with --frontier) is the distance from the start's frontier itself.
-docs/data keeps the numbers, a value for each seed. A document marks a table by the line
+`table` prints the mean and, unless all are equal, the standard deviation over the seeds: of the
+start, and of the change that each arm makes. "beyond" (with --frontier) is the distance from the
+start's frontier itself. docs/data keeps the numbers, a value for each seed. A document marks a
+table by the line
 `<!-- tools.arms table docs/data/NAME.json -->` above it.
 """
 import argparse
@@ -103,7 +104,7 @@ def table(data: dict[str, dict[str, list[float]]]) -> str:
             values = [v - b for v, b in zip(row.get(name, ()), base)]
             sign = "" if row is first else "+"
             lines[-1] += "| " + (f"{mean(values):{sign}.4f} " if values else "")
-            lines[-1] += f"±{stdev(values):.4f} " if len(values) > 1 else ""
+            lines[-1] += f"±{stdev(values):.4f} " if len({*values}) > 1 else ""
         lines[-1] += "|"
     return "\n".join(lines) + "\n"
 
