@@ -207,7 +207,7 @@ WRONG = [
     ("update_frm", "self.frm.requires_grad_(False)", "pass", "should be off"),
     ("update_frm", "p.requires_grad_(True)", "pass", "frozen"),
     ("update_frm", "self.frm_optimizer.zero_grad()", "pass", "stale"),
-    ("update_frm", "optimiser_step(self.frm_optimizer)", "pass", "did not"),
+    ("update_frm", "optimiser_step(self.frm_optimizer)", "loss.detach()", "did not"),
     ("blend_weight", "rho / (1 + rho)", "1 / (1 + rho)", "for the hard"),
     ("blend_weight", "rho / (1 + rho)", "rho", "share"),
     ("blend_weight", "rho / (1 + rho)", "rho.clamp(max=2) / 2", "ratio"),
