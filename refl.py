@@ -38,7 +38,7 @@ from support.log import to_floats
 from support.optimise import optimiser_step
 
 GAP_EVERY = 2       # ours: steps between measurements of the PSNR, which cost as much as a step
-GAIN = 3 / 8        # ours: of fidelity.py; with 1 the PSNR swings by a dB with a period of 16 steps
+GAIN = 3 / 8        # ours: of fidelity.py; with 1 the PSNR swings further (docs/results.md)
 
 
 @dataclass
