@@ -124,7 +124,10 @@ seed_number = number(int, 0, 2 ** 32 - 2)       # 2^32 - 1 is the seed of the he
 def one_of(*words: str, otherwise):
     """An argparse type: one of these words, or what the type `otherwise` takes."""
     def parse(text: str):
-        return text if text in words else otherwise(text)
+        try:
+            return text if text in words else otherwise(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, nor {' or '.join(words)}") from None
     return parse
 
 

@@ -40,7 +40,7 @@ def test_the_table_is_the_change_against_the_first_row_over_the_seeds(root, caps
     arms.main(["table", "--root", str(root), "--json", str(root / "t.json")])
     text = capsys.readouterr().out
     change = [22.5 - 21, 20.5 - 20]
-    want = [["", "psnr", "r_face", "ssim", "beyond, lpips"], ["---"] * 5,
+    want = [["", "psnr ↑", "r_face ↑", "ssim ↑", "beyond, lpips ↑"], ["---"] * 5,
             ["sft", f"20.5000 ±{statistics.stdev([20, 21]):.4f}", f"0.5000 ±{.5 / 2 ** .5:.4f}",
              "0.5000", ""],
             ["a", f"{sum(change) / 2:+.4f} ±{statistics.stdev(change):.4f}",

@@ -388,6 +388,12 @@ def test_a_number_out_of_range_is_refused(flag, capsys):
     assert f"{flag[0]}: '{flag[1]}' is not a" in capsys.readouterr().err
 
 
+def test_a_flag_that_takes_a_word_or_a_number_names_both(capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(["--mode", "sft", "--workers", "some"])
+    assert "'some' is not a whole number of at least 0, nor auto" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["train.py", "--mode", "sft", "--data", "none"],
                                      ["sample.py", "--ckpt", "none", "--input", "x",
                                       "--output", "y"],

@@ -91,12 +91,13 @@ def collect(root: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def table(data: dict[str, dict[str, list[float]]]) -> str:
-    """The markdown table of what `collect` returns. A term of the reward that has a column of its
-    own (ssim, lpips) is left out."""
+    """The markdown table of what `collect` returns; an arrow says what is better, more or less. A
+    term of the reward that has a column of its own (ssim, lpips) is left out."""
     first = next(iter(data.values()))
     columns = [name for name in list(data.values())[-1] if name.removeprefix("r_") not in first
                or not name.startswith("r_")]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    titles = [f"{name} {'↓' if name.startswith('lpips') else '↑'}" for name in columns]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
     for label, row in data.items():
         lines.append(f"| {label} ")
         for name in columns:
