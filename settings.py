@@ -79,7 +79,7 @@ METHODS = {
 # Ours: what presets change for every mode. `base` has LRPO's K and G, and DiffusionReward's steps.
 PRESETS = {
     "tiny": {},         # drawn faces, 32 px, two CPU cores, minutes: the defaults
-    "drawn64": dict(size=64, faces=20_000, bf16="on"),  # drawn faces, 64 px: from pretrained/
+    "drawn64": dict(size=64, bf16="on"),             # drawn faces, 64 px: from pretrained/
     "small": dict(size=64, channels=64, faces=20_000, bf16="on"),   # one GPU, minutes
     "base": dict(size=128, channels=96, mults="1,2,3,4", patch=1, faces=50_000, ddim_steps=50,
                  bf16="on"),                                        # one GPU, hours; never run
